@@ -1,0 +1,32 @@
+"""The embedded default: a small teacher on Python's own sources, no download.
+
+    python train.py --stage=1
+    python train.py --stage=2
+    python train.py --stage=0        # makes the teacher again
+
+Sized for two CPU cores. Sequences of 256 tokens, the teacher's own context, and a window of 32. Expect a held-out loss
+of 2.52 nats a token after stage 1 (63 s of training) and 2.50 after stage 2 (67 s), where the teacher has 2.44. Stage 0
+took 38 minutes on one core.
+"""
+
+import dataclasses
+
+from lizard_jax.config import DataConfig, OptimConfig, RunConfig, preset
+
+_data = DataConfig(sequence_length=256, batch_size=8, held_out_tokens=32768)
+
+_stage1 = RunConfig(
+    recipe="tiny",
+    stage=1,
+    attention=dataclasses.replace(preset("lizard"), window=32, chunk=32),
+    data=_data,
+    optim=OptimConfig(learning_rate=1e-2, tokens=600_000),
+)
+
+RECIPE: dict[int, RunConfig] = {
+    0: dataclasses.replace(
+        _stage1, stage=0, remat=False, optim=OptimConfig(learning_rate=3e-3, tokens=8_000_000, weight_decay=0.1)
+    ),
+    1: _stage1,
+    2: dataclasses.replace(_stage1, stage=2, optim=OptimConfig(learning_rate=1e-3, tokens=400_000)),
+}

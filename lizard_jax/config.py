@@ -1,0 +1,232 @@
+"""Every setting of the project as frozen dataclasses, with the named attention presets.
+
+A field carries its own help text (``option``); the command line and the documentation read it from there.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lizard_jax.errors import UserError
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a default and the help text that ``--help`` shows."""
+    return field(default=default, metadata={"help": help})
+
+
+# ---------------------------------------------------------------------------------------------- the decoder
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding, as transformers computes it.
+
+    ``kind`` is the ``rope_type`` of an HF config. ``factor`` belongs to every kind but ``default``; the last three
+    fields belong to ``llama3``, and ``original_max_positions`` to ``dynamic`` as well.
+    """
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "dynamic", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True)
+class LizardConfig:
+    """The attention that replaces softmax: which published variant, or ours, as a choice of switches.
+
+    Raises:
+        UserError: a value out of range, or a pair of switches that has no meaning.
+    """
+
+    act: Literal["softmax", "exp"] = option("exp", "feature activation: softmax over features, or exp")
+    feature_start: Literal["identity", "random"] = option("random", "how the feature maps A start")
+    feature_half: int = option(0, "half-width of the feature map (F is twice this); 0 means the head width")
+    window: int = option(128, "W, the tokens the softmax window sees")
+    window_rope: bool = option(True, "rotate q and k inside the window")
+    linear_rope: bool = option(False, "rotate q and k before the feature map")
+    meta: Literal["none", "sink", "prefix", "learned"] = option("sink", "meta memory of the window branch")
+    meta_tokens: int = option(4, "M, the number of meta tokens")
+    memory: Literal["all", "evicted", "none"] = option(
+        "evicted", "what the linear branch holds: all tokens, those that left the window, or none (window only)"
+    )
+    combine: Literal["sum", "joint"] = option("joint", "y_g + alpha*y_w, or one softmax over both branches")
+    gate: Literal["scalar", "mamba2", "low_rank", "channel", "pooled", "none"] = option("scalar", "forget gate")
+    gate_bias: bool = option(True, "give the scalar gate a learned bias, spread from 1 to 6 across the heads")
+    state_heads: Literal["kv", "query"] = option("kv", "one state per key/value head, or per query head")
+    beta_start: float = option(-3.0, "where beta, the joint merge's bias towards the linear branch, starts")
+    chunk: int = option(64, "C, the chunk length of the linear branch")
+    softmax_layers: tuple[int, ...] = option((), "layers that keep the teacher's softmax attention")
+
+    def __post_init__(self) -> None:
+        choices = {
+            "act": ("softmax", "exp"),
+            "feature_start": ("identity", "random"),
+            "meta": ("none", "sink", "prefix", "learned"),
+            "memory": ("all", "evicted", "none"),
+            "combine": ("sum", "joint"),
+            "gate": ("scalar", "mamba2", "low_rank", "channel", "pooled", "none"),
+            "state_heads": ("kv", "query"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"attention {name}={getattr(self, name)!r} is unknown; choose from {', '.join(allowed)}"
+                )
+        for name in ("window", "chunk", "meta_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"attention {name}={getattr(self, name)} must be at least 1")
+        if self.feature_half < 0:
+            raise UserError(f"attention feature_half={self.feature_half} must be 0 (the head width) or positive")
+        if self.memory == "all" and self.combine == "joint":
+            raise UserError(
+                "attention memory=all with combine=joint counts the window's tokens twice; "
+                "use memory=evicted with joint, or combine=sum with all"
+            )
+        if self.memory == "none" and self.combine == "sum":
+            raise UserError("attention memory=none has no linear branch to sum; use combine=joint")
+        if self.gate_bias and self.gate != "scalar":
+            raise UserError(
+                f"attention gate_bias=true belongs to gate=scalar, not gate={self.gate}; set gate_bias=false"
+            )
+
+
+PRESETS: dict[str, LizardConfig] = {
+    "lizard_paper": LizardConfig(
+        act="softmax", feature_start="identity", window_rope=False, meta="prefix", memory="all", combine="sum",
+        gate_bias=False, state_heads="query",
+    ),
+    "lizard_sink": LizardConfig(
+        act="softmax", feature_start="identity", window_rope=False, meta="sink", memory="all", combine="sum",
+        gate_bias=False, state_heads="query",
+    ),
+    "lolcats": LizardConfig(
+        act="softmax", feature_start="identity", linear_rope=True, meta="none", gate="none", gate_bias=False,
+        state_heads="query", beta_start=0.0,
+    ),
+    "lizard": LizardConfig(),
+}  # fmt: skip
+
+
+def preset(name: str) -> LizardConfig:
+    """The named attention preset.
+
+    Raises:
+        UserError: no preset has that name.
+    """
+    if name not in PRESETS:
+        raise UserError(f"unknown attention preset {name!r}; choose from {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-style decoder: what an HF ``config.json`` says of it, and which attention its layers carry."""
+
+    architecture: Literal["llama", "mistral", "qwen2", "qwen3"]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm_eps: float = 1e-5
+    rope: RopeConfig = RopeConfig()
+    hidden_act: str = "silu"
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    sliding_window_layers: tuple[int, ...] | None = None  # None: every layer, where sliding_window is set
+    attention: LizardConfig | None = None  # None: the teacher's softmax attention
+
+
+# ------------------------------------------------------------------------------------------------ a run
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes batches of packed sequences."""
+
+    path: str = option("embedded", "text, JSON or JSONL file, directory, datasets hub name, or 'embedded'")
+    format: Literal["auto", "text", "alpaca", "chat"] = option("auto", "how to read it; auto looks at the content")
+    separator: str = option("<|endoftext|>", "what splits plain text into documents")
+    split: str = option("train", "split to read of a datasets name")
+    text_column: str = option("text", "column that holds the text of a plain-text dataset")
+    text_eos: bool = option(False, "end plain-text documents with EOS; answers always end so")
+    sequence_length: int = option(2048, "T, tokens per packed sequence")
+    batch_size: int = option(8, "B, sequences per optimizer step")
+    held_out: float = option(0.02, "share of the documents kept for validation")
+    held_out_tokens: int = option(131072, "at most this many tokens are scored at each validation")
+    answer_only: bool = option(False, "score answers only, not prompts (Alpaca and chat records)")
+    segment_mask: bool = option(True, "keep attention inside each document of a packed sequence")
+    seed: int = option(0, "seed of the data order")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warmup and cosine decay."""
+
+    learning_rate: float = option(1e-3, "peak learning rate")
+    tokens: int = option(20_000_000, "tokens to train on")
+    warmup: float = option(0.1, "share of the steps spent warming up")
+    final: float = option(0.1, "learning rate at the end, as a share of the peak")
+    beta1: float = option(0.9, "AdamW beta1")
+    beta2: float = option(0.99, "AdamW beta2")
+    weight_decay: float = option(0.0, "weight decay of base weights and LoRA; never of the new modules")
+    clip: float = option(1.0, "largest global gradient norm")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of stage 2."""
+
+    rank: int = option(8, "LoRA rank r")
+    alpha: float = option(16.0, "LoRA alpha; the update is scaled by alpha / r")
+    targets: tuple[str, ...] = option(("q_proj", "k_proj", "v_proj"), "projections that carry LoRA")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 takes what is left."""
+
+    data: int = option(1, "mesh axis that splits the batch and repeats the parameters")
+    fsdp: int = option(-1, "mesh axis that splits the batch and the parameters; -1 takes the devices left over")
+    tensor: int = option(1, "mesh axis that splits heads and widths")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run: a stage of a recipe with every override applied."""
+
+    recipe: str = option("tiny", "recipe in configs/")
+    stage: Literal[0, 1, 2] = option(1, "0 pretrains a teacher, 1 distils the attention, 2 adapts the model")
+    teacher: str = option("embedded", "directory or hub id of the teacher, or 'embedded'")
+    out: str = option("", "run directory; default runs/RECIPE (the stage's own folder is made inside)")
+    preset: str = option("lizard", "attention preset the run starts from")
+    dtype: Literal["float32", "bfloat16", "float64"] = option("float32", "dtype of base weights and activations")
+    attention: LizardConfig = LizardConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()
+    mesh: MeshConfig = MeshConfig()
+    train_new: bool = option(True, "stage 2: keep training the new attention modules beside LoRA")
+    full: bool = option(False, "stage 2: train every weight instead of LoRA")
+    remat: bool = option(True, "stages 0 and 2: recompute each block in the backward pass to save memory")
+    validate_every: int = option(0, "steps between validations; 0 makes ten of them")
+    save_every: int = option(0, "steps between checkpoints; 0 saves at each validation")
+    seed: int = option(0, "seed of parameter initialisation")
+    steps: int = option(0, "stop after this many steps; 0 takes what the token budget gives")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON types (tuples become lists)."""
+    out = dataclasses.asdict(config)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in out.items()}

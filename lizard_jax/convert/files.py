@@ -1,0 +1,173 @@
+"""Files beside the weights: finding a checkpoint, carrying its tokenizer and licence, appearing whole or not at all."""
+
+import json
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lizard_jax.errors import UserError, disk_full
+
+CARRIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "LICEN[SC]E*",
+    "COPYING*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "README*",
+)
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+TORCH_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+def locate(src: str | Path) -> Path:
+    """The directory ``src`` names, or the local snapshot of the hub id it is.
+
+    A hub snapshot is fetched where it is not cached: safetensors where the repository has them, ``.bin`` elsewhere.
+
+    Raises:
+        UserError: no such directory, or the hub has no such repository or cannot be reached.
+    """
+    path = Path(src).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise UserError(f"{src} is a file; name the checkpoint's directory")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(src)):
+        raise UserError(f"{src} does not exist; name a checkpoint's directory or a hub id such as owner/name")
+    from huggingface_hub import snapshot_download
+
+    def fetch(*weights: str) -> Path:
+        wanted = ["config.json", "lizard.safetensors", "adapter/*", *CARRIED, *weights]
+        return Path(snapshot_download(str(src), allow_patterns=wanted, ignore_patterns=["original/*", "consolidated*"]))
+
+    try:
+        found = fetch(*WEIGHTS)
+        return found if any(found.glob(WEIGHTS[0])) else fetch(*TORCH_WEIGHTS)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{src} is no directory here and could not be fetched from the hub: {reason}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UserError: the file is missing or holds none.
+    """
+    try:
+        out = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file.parent} is not a checkpoint: it has no {file.name}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(out, dict):
+        raise UserError(f"{file} holds no JSON object")
+    return out
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Writes an object the way transformers lays out its JSON files."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def carry(source: Path, target: Path) -> None:
+    """Copies tokenizer, generation config, licence and readme files that lie at the top of ``source``."""
+    for pattern in CARRIED:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+@contextmanager
+def disk_errors(target: str | Path) -> Iterator[None]:
+    """Tells of a full disk in one line, whichever library met it.
+
+    After one failed write Orbax's other threads fail as well, each with a traceback of its own that says nothing
+    new; those are silenced.
+
+    Raises:
+        UserError: it was full.
+    """
+    usual = sys.unraisablehook, threading.excepthook
+
+    def unraisable(told: Any) -> None:
+        if "loop is closed" not in str(told.exc_value) and not disk_full(told.exc_value):
+            usual[0](told)
+
+    def in_thread(told: Any) -> None:
+        if "loop is closed" not in str(told.exc_value) and not disk_full(told.exc_value):
+            usual[1](told)
+
+    sys.unraisablehook, threading.excepthook = unraisable, in_thread
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ExceptionGroup) as error:
+        if disk_full(error):
+            time.sleep(0.3)  # for the threads that are still to fail
+            raise UserError(f"cannot write {target}: no space left on the disk") from error
+        raise
+    finally:
+        sys.unraisablehook, threading.excepthook = usual
+
+
+def refuse_existing(target: str | Path) -> None:
+    """Stops before work is done for a place that is taken.
+
+    Raises:
+        UserError: ``target`` exists and is not an empty directory.
+    """
+    path = Path(target).expanduser()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{target} exists and is not empty; remove it or name another directory")
+
+
+@contextmanager
+def appearing(target: str | Path, *, size: int = 0) -> Iterator[Path]:
+    """A directory to write into that becomes ``target`` when the block ends, and vanishes if it fails.
+
+    Args:
+        size: bytes that will be written, as far as known; asked of the disk beforehand.
+
+    Raises:
+        UserError: ``target`` exists and is not an empty directory, or cannot be written (a full disk, no permission).
+    """
+    refuse_existing(target)
+    path = Path(target).expanduser()
+    staging = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < size:
+            raise UserError(f"cannot write {target}: it takes {size / 1e9:.3f} GB and {free / 1e9:.3f} GB are free")
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        staging.chmod(0o755)
+        yield staging
+        staging.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        if staging is not None:
+            _remove(staging)
+
+
+def _remove(directory: Path) -> None:
+    for _ in range(20):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.1)  # a thread of Orbax may still be writing

@@ -1,0 +1,213 @@
+"""An HF ``config.json`` as a ``ModelConfig`` and back, and its ``lizard`` section as a ``LizardConfig`` and back."""
+
+import dataclasses
+from typing import Any, cast
+
+from lizard_jax.config import LizardConfig, ModelConfig, RopeConfig, to_dict
+from lizard_jax.errors import UserError
+from lizard_jax.nn.layers import activation
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+# transformers leaves out of config.json what equals its own default, so the defaults are part of the format.
+COMMON: dict[str, Any] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "head_dim": None,
+    "num_key_value_heads": None,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": COMMON | {"max_position_embeddings": 2048},
+    "mistral": COMMON | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": COMMON | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": COMMON
+    | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3")
+
+
+def model_config(raw: dict[str, Any], *, attention: LizardConfig | None = None) -> ModelConfig:
+    """What an HF configuration says of the decoder; ``attention`` becomes the configuration's.
+
+    Reads both spellings of RoPE: ``rope_parameters`` (transformers 5) and ``rope_theta`` with ``rope_scaling``.
+
+    Raises:
+        UserError: an architecture, activation, RoPE kind or quantization that is not supported (named), a size that
+            is missing or does not divide.
+    """
+    kind = raw.get("model_type")
+    named = (raw.get("architectures") or [ARCHITECTURES.get(str(kind))])[0]
+    if kind not in ARCHITECTURES or named != ARCHITECTURES[kind]:
+        raise UserError(
+            f"architecture {named or kind!r} (model_type {kind!r}) is not supported; "
+            f"supported are {', '.join(ARCHITECTURES.values())}"
+        )
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown method")
+        raise UserError(f"the checkpoint is quantized ({method}); convert it to bfloat16 or float32 first")
+    missing = [key for key in SIZES if not isinstance(raw.get(key), int)]
+    if missing:
+        raise UserError(f"config.json lacks {', '.join(missing)}")
+    full = DEFAULTS[kind] | raw
+    heads, width, layers = full["num_attention_heads"], full["hidden_size"], full["num_hidden_layers"]
+    kv_heads = full["num_key_value_heads"] or heads
+    head_dim = full["head_dim"] or width // heads
+    if heads % kv_heads:
+        raise UserError(f"{heads} query heads do not divide into {kv_heads} key/value heads")
+    if head_dim % 2:
+        raise UserError(f"head_dim {head_dim} is odd; rotary position embedding pairs its features")
+    activation(full["hidden_act"])
+
+    window, window_layers = full["sliding_window"], None
+    if kind == "llama" or (kind.startswith("qwen") and not full["use_sliding_window"]):
+        window = None
+    if kind.startswith("qwen") and window is not None:
+        types = full["layer_types"] or [
+            "sliding_attention" if index >= full["max_window_layers"] else "full_attention" for index in range(layers)
+        ]
+        unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
+        if unknown:
+            raise UserError(f"layer_types {', '.join(unknown)} are not supported")
+        window_layers = tuple(index for index, name in enumerate(types) if name == "sliding_attention")
+
+    llama_bias = full["attention_bias"] and kind in ("llama", "qwen3")
+    return ModelConfig(
+        architecture=cast(Any, kind),
+        vocab_size=full["vocab_size"],
+        hidden_size=width,
+        intermediate_size=full["intermediate_size"],
+        num_layers=layers,
+        num_heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_positions=full["max_position_embeddings"],
+        norm_eps=full["rms_norm_eps"],
+        rope=_rope(raw, full["max_position_embeddings"]),
+        hidden_act=full["hidden_act"],
+        tie_embeddings=bool(full["tie_word_embeddings"]),
+        qkv_bias=bool(llama_bias or kind == "qwen2"),
+        o_bias=bool(llama_bias),
+        mlp_bias=bool(full["mlp_bias"] and kind == "llama"),
+        qk_norm=kind == "qwen3",
+        sliding_window=window,
+        sliding_window_layers=window_layers,
+        attention=attention,
+    )
+
+
+def _rope(raw: dict[str, Any], max_positions: int) -> RopeConfig:
+    told = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = told.get("rope_type") or told.get("type") or "default"
+    if kind not in ROPE_KINDS or any(isinstance(value, dict) for value in told.values()):
+        raise UserError(f"rope type {kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
+    partial = told.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise UserError(f"partial_rotary_factor {partial} is not supported; every feature must be rotated")
+    needed = {"linear": ["factor"], "dynamic": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
+    missing = [key for key in needed.get(kind, []) if not isinstance(told.get(key), int | float)]
+    if missing:
+        raise UserError(f"rope type {kind!r} lacks {', '.join(missing)} in config.json")
+    rope = RopeConfig(theta=float(told.get("rope_theta") or raw.get("rope_theta") or 10000.0), kind=kind)
+    if kind == "default":
+        return rope
+    rope = dataclasses.replace(rope, factor=float(told["factor"]))
+    if kind == "dynamic":
+        # transformers measures growth from max_position_embeddings, whatever original_max_position_embeddings says.
+        return dataclasses.replace(rope, original_max_positions=max_positions)
+    if kind == "llama3":
+        original = raw.get("original_max_position_embeddings") or told.get("original_max_position_embeddings")
+        return dataclasses.replace(
+            rope,
+            low_freq_factor=float(told["low_freq_factor"]),
+            high_freq_factor=float(told["high_freq_factor"]),
+            original_max_positions=int(original or max_positions),
+        )
+    return rope
+
+
+def hf_dict(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any]:
+    """A ``config.json`` for a decoder that has none yet; ``model_config`` reads the same configuration back.
+
+    RoPE is written in the older spelling, which every version of transformers reads.
+    """
+    kind, rope = config.architecture, config.rope
+    out: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": config.hidden_act,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "rope_theta": rope.theta,
+        "rope_scaling": None,
+        "torch_dtype": dtype,
+    }
+    if rope.kind != "default":
+        out["rope_scaling"] = {"rope_type": rope.kind, "factor": rope.factor}
+    if rope.kind == "llama3":
+        out["rope_scaling"] |= {
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_positions,
+        }
+    if kind in ("llama", "qwen3"):
+        out["attention_bias"] = config.qkv_bias
+    if kind == "llama":
+        out["mlp_bias"] = config.mlp_bias
+    if kind == "mistral":
+        out["sliding_window"] = config.sliding_window
+    if kind.startswith("qwen") and config.sliding_window is not None:
+        slides = config.sliding_window_layers
+        out["use_sliding_window"], out["sliding_window"] = True, config.sliding_window
+        out["layer_types"] = [
+            "sliding_attention" if slides is None or index in slides else "full_attention"
+            for index in range(config.num_layers)
+        ]
+    if config.attention is not None:
+        out["lizard"] = lizard_section(config.attention)
+    return out
+
+
+def lizard_section(attention: LizardConfig) -> dict[str, Any]:
+    """The ``lizard`` section of a ``config.json``."""
+    return to_dict(attention)
+
+
+def lizard_config(section: dict[str, Any]) -> LizardConfig:
+    """The attention a ``lizard`` section describes.
+
+    Raises:
+        UserError: a setting that does not exist, or has the wrong type or a refused value.
+    """
+    fields = {field.name: field for field in dataclasses.fields(LizardConfig)}
+    unknown = [key for key in section if key not in fields]
+    if unknown:
+        raise UserError(f"the lizard section of config.json has unknown settings: {', '.join(unknown)}")
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
+    for key, value in values.items():
+        expected = type(fields[key].default)
+        if type(value) is not expected and not (expected is float and type(value) is int):
+            raise UserError(
+                f"the lizard section of config.json has {key}={value!r}; it must be of type {expected.__name__}"
+            )
+    return LizardConfig(**values)

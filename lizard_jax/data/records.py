@@ -1,0 +1,241 @@
+"""From a path or a hub name to documents: plain text, Alpaca records and chats.
+
+Every source first becomes rows, each a text or a JSON-like object with a place to name in an error; a row then becomes
+a document. What ``format=auto`` decides, it decides by the first row: ``messages`` makes a chat, ``instruction`` and
+``output`` an Alpaca record, anything else plain text.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from lizard_jax.config import DataConfig
+from lizard_jax.data.chat import chat_document
+from lizard_jax.data.text import Document
+from lizard_jax.errors import UserError
+
+Row = tuple[str, Any]
+"""Where a row stands, and the row."""
+
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+SUFFIXES = (".txt", ".text", ".md", *JSON_SUFFIXES, ".parquet")
+"""The files of a directory that are read, subdirectories included, in the order of their paths."""
+
+_CHUNK = 1 << 20
+_JSON_START = re.compile(r'\s*(\[\s*)?\{\s*"')
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
+
+# The published prompts of the Alpaca format, with and without an input; records mean nothing apart from them.
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
+    "### Response:\n"
+)
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+def documents(config: DataConfig, tokenizer: Any) -> Iterator[Document]:
+    """The documents of ``config.path``, read as they are needed.
+
+    Raises:
+        UserError: the path or the name leads nowhere, or a file, line or record is not what the format says.
+    """
+    rows = _rows(config)
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{config.path} is empty")
+    kind = _kind(first[1], config)
+    for where, row in chain([first], rows):
+        if kind == "text":
+            text = row if isinstance(row, str) else _field(row, config.text_column, where, "a text")
+            if text.strip():
+                yield Document(text)
+        elif kind == "alpaca":
+            yield alpaca_document(row, where)
+        else:
+            yield chat_document(row, where, tokenizer, answers=config.answer_only)
+
+
+def alpaca_document(row: Any, where: str) -> Document:
+    """An Alpaca record as prompt and answer; ``input`` may be empty or absent.
+
+    Raises:
+        UserError: not an object, or ``instruction`` or ``output`` is missing or not a string.
+    """
+    instruction, answer = (_field(row, key, where, "an Alpaca record") for key in ("instruction", "output"))
+    context = _field(row, "input", where, "an Alpaca record") if row.get("input") else ""
+    prompt = (_ALPACA_INPUT if context else _ALPACA).format(instruction=instruction, input=context)
+    text = prompt + answer
+    return Document(text, answers=((len(prompt), len(text)),), open_end=True)
+
+
+def _field(row: Any, key: str, where: str, what: str) -> str:
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not {what}: expected an object, found {type(row).__name__}")
+    if key not in row:
+        raise UserError(f"{where} is not {what}: it lacks {key!r} (its keys: {', '.join(map(str, row)) or 'none'})")
+    if not isinstance(row[key], str):
+        raise UserError(f"{where} is not {what}: {key!r} must be a string, not {type(row[key]).__name__}")
+    return row[key]
+
+
+def _kind(row: Any, config: DataConfig) -> str:
+    if config.format != "auto":
+        return config.format
+    if isinstance(row, dict):
+        if "messages" in row:
+            return "chat"
+        if "instruction" in row and "output" in row:
+            return "alpaca"
+        if config.text_column not in row:
+            raise UserError(
+                f"cannot tell the format of {config.path}: its first record has the keys "
+                f"{', '.join(map(str, row)) or 'none'}; expected messages (chat), instruction and output (Alpaca), or "
+                f"the data.text_column {config.text_column!r}"
+            )
+    return "text"
+
+
+# ------------------------------------------------------------------------------------------------ sources
+
+
+def _rows(config: DataConfig) -> Iterator[Row]:
+    path = Path(config.path).expanduser()
+    if path.is_file():
+        return _file_rows(path, config)
+    if path.is_dir():
+        return _directory_rows(path, config)
+    # ``data/tests`` beside a directory ``data`` is a mistyped path, not somebody's dataset.
+    inside = "/" in config.path and path.parent.is_dir()
+    if inside or not _HUB_NAME.fullmatch(config.path) or path.suffix in SUFFIXES:
+        raise UserError(f"no data at {config.path}: there is no such file or directory")
+    return _hub_rows(config)
+
+
+def _directory_rows(path: Path, config: DataConfig) -> Iterator[Row]:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _saved_rows(path, config)
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"the directory {path} holds no data: none of its files ends in {', '.join(SUFFIXES)}")
+    return chain.from_iterable(_file_rows(file, config) for file in files)
+
+
+def _file_rows(path: Path, config: DataConfig) -> Iterator[Row]:
+    try:
+        if path.suffix.lower() == ".parquet":
+            yield from _parquet_rows(path)
+            return
+        with path.open(encoding="utf-8-sig") as file:
+            head = file.read(4096)
+        named = path.suffix.lower() in JSON_SUFFIXES
+        if config.format in ("alpaca", "chat") or named or (config.format == "auto" and _JSON_START.match(head)):
+            yield from _array_rows(path) if head.lstrip().startswith("[") else _line_rows(path)
+        else:
+            yield from _text_rows(path, config.separator)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _text_rows(path: Path, separator: str) -> Iterator[Row]:
+    r"""The pieces between separators, without the line ends around them. ``\n`` in the separator is a line end."""
+    separator = separator.replace("\\n", "\n").replace("\\t", "\t")
+    rest, count = "", 0
+    with path.open(encoding="utf-8-sig") as file:
+        # Only whole pieces leave the buffer, so a separator across two chunks is found.
+        while chunk := file.read(_CHUNK):
+            pieces = (rest + chunk).split(separator) if separator else [rest + chunk]
+            rest = pieces.pop()
+            for piece in pieces:
+                count += 1
+                if text := piece.strip("\r\n"):
+                    yield f"{path}, document {count}", text
+    if text := rest.strip("\r\n"):
+        yield f"{path}, document {count + 1}", text
+
+
+def _line_rows(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield f"{path}, line {number}", json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"malformed JSON in {path}, line {number}: {error.msg}") from None
+
+
+def _array_rows(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            records = json.load(file)
+        except json.JSONDecodeError as error:
+            raise UserError(f"malformed JSON in {path}, line {error.lineno}: {error.msg}") from None
+    for number, record in enumerate(records, 1):
+        yield f"{path}, record {number}", record
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except pyarrow.ArrowException as error:
+        raise UserError(f"cannot read {path} as parquet: {str(error).splitlines()[0]}") from None
+
+
+def _saved_rows(path: Path, config: DataConfig) -> Iterator[Row]:
+    """A directory that ``datasets`` wrote with ``save_to_disk``."""
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:  # datasets raises what its readers tripped over
+        raise UserError(f"cannot read the dataset saved in {path}: {_reason(error)}") from None
+    if isinstance(data, datasets.DatasetDict):
+        if config.split not in data:
+            raise UserError(f"the dataset in {path} has no split {config.split!r}; it has {', '.join(map(str, data))}")
+        data = data[config.split]
+    return _numbered(data, str(path))
+
+
+def _hub_rows(config: DataConfig) -> Iterator[Row]:
+    import datasets
+
+    name, _, subset = config.path.partition(":")
+    # The client reports each of its retries; the error below says it once.
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        data = datasets.load_dataset(name, subset or None, split=config.split)
+    except Exception as error:  # the hub client raises a different kind for every way of not being reached
+        raise UserError(
+            f"{config.path} is no file here, and its split {config.split!r} could not be loaded from the datasets hub "
+            f"({_reason(error)}); name a local file or directory, or NAME:SUBSET for a dataset with subsets"
+        ) from None
+    finally:
+        log.setLevel(level)
+    return _numbered(data, config.path)
+
+
+def _numbered(data: Any, name: str) -> Iterator[Row]:
+    return ((f"{name}, row {number}", row) for number, row in enumerate(data, 1))
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

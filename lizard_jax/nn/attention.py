@@ -1,0 +1,67 @@
+"""One attention layer: the teacher's projections around whichever mixer the configuration chooses."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lizard_jax.config import ModelConfig
+from lizard_jax.nn.layers import Linear, RMSNorm
+from lizard_jax.nn.lizard_attention import LizardMixer
+from lizard_jax.nn.softmax_attention import SoftmaxMixer
+from lizard_jax.typing import Array, Float, Int
+
+
+class Attention(nnx.Module):
+    """Projects x to q, k, v, lets ``mixer`` turn them into head outputs, and projects those back to the width.
+
+    The mixer is ``SoftmaxMixer`` where ``config.attention`` is None or names the layer in ``softmax_layers``, and
+    ``LizardMixer`` elsewhere. Both have ``__call__(x, q, k, v, *, segment_ids) -> heads``, ``init_state(batch,
+    max_length, dtype)`` and ``extend(x, q, k, v, state) -> (heads, state)``.
+    """
+
+    def __init__(self, config: ModelConfig, layer_index: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width, heads, kv_heads, head_dim = config.hidden_size, config.num_heads, config.kv_heads, config.head_dim
+        self.head_dim = head_dim
+        self.q_proj = Linear(width, heads * head_dim, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(width, kv_heads * head_dim, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(width, kv_heads * head_dim, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(heads * head_dim, width, bias=config.o_bias, dtype=dtype, rngs=rngs)
+        self.q_norm = nnx.data(RMSNorm(head_dim, eps=config.norm_eps, dtype=dtype) if config.qk_norm else None)
+        self.k_norm = nnx.data(RMSNorm(head_dim, eps=config.norm_eps, dtype=dtype) if config.qk_norm else None)
+        if config.attention is None or layer_index in config.attention.softmax_layers:
+            self.mixer = SoftmaxMixer(config, layer_index)
+        else:
+            self.mixer = LizardMixer(config, rngs=rngs)
+
+    def qkv(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Queries, keys and values, not yet rotated; q and k normalized where the architecture does so."""
+        batch, length, _ = x.shape
+        q, k, v = (
+            projection(x).reshape(batch, length, -1, self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def __call__(
+        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        return self.output(self.mixer(x, *self.qkv(x), segment_ids=segment_ids))
+
+    def output(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """The output projection of the head outputs."""
+        return self.o_proj(jnp.reshape(heads, (*heads.shape[:2], -1)))
+
+    def init_state(self, batch: int, max_length: int | None = None) -> Any:
+        """The mixer's empty state; ``max_length`` is needed by softmax attention only."""
+        return self.mixer.init_state(batch, max_length, self.k_proj.kernel.dtype)
+
+    def extend(self, x: Float[Array, "B T D"], state: Any) -> tuple[Float[Array, "B T D"], Any]:
+        """T more tokens after those the state has seen."""
+        heads, state = self.mixer.extend(x, *self.qkv(x), state)
+        return self.output(heads), state

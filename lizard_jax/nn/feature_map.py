@@ -1,0 +1,67 @@
+"""The learned feature map φ of the gated linear branch (Lizard §3.1, Hedgehog's form)."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lizard_jax.nn.numerics import accumulation_dtype, precision
+from lizard_jax.nn.params import NewParam
+from lizard_jax.typing import Array, Float
+
+
+def identity_start(head_dim: int, half: int) -> Float[Array, "H f"]:
+    """A that copies coordinates of x; with ``half < H`` it keeps whole RoPE pairs, the slowest-turning ones."""
+    if half >= head_dim:
+        return jnp.eye(head_dim, half, dtype=jnp.float32)
+    pairs = half // 2
+    middle = head_dim // 2
+    kept = jnp.concatenate([jnp.arange(middle - pairs, middle), jnp.arange(head_dim - (half - pairs), head_dim)])
+    return jnp.eye(head_dim, dtype=jnp.float32)[:, kept]
+
+
+class FeatureMap(nnx.Module):
+    """φ(x) = act(xA) ⊕ act(−xA), a matrix A[H, F/2] for each of ``heads`` heads, no bias.
+
+    ``act="softmax"`` is taken over the features of each half. ``act="exp"`` returns φ(x)·e^{−m} and m, so that no raw
+    score is ever exponentiated; a caller adds m back where it takes logarithms.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        half: int,
+        act: Literal["softmax", "exp"],
+        start: Literal["identity", "random"],
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.heads = heads
+        self.act = act
+        if start == "identity":
+            kernel = jnp.broadcast_to(identity_start(head_dim, half), (heads, head_dim, half))
+        else:
+            kernel = jax.random.normal(rngs.params(), (heads, head_dim, half), jnp.float32) / head_dim**0.5
+        self.kernel = NewParam(kernel)
+
+    def __call__(self, x: Float[Array, "B T K H"]) -> tuple[Float[Array, "B T S F"], Float[Array, "B T S"]]:
+        """Features of every head, and their log-scale m (zero for ``softmax``).
+
+        ``x`` may have fewer heads than the map: then each of its heads feeds ``heads / K`` maps. Features come in
+        x's dtype, m in fp32.
+        """
+        batch, time, x_heads, width = x.shape
+        dtype = accumulation_dtype(x)
+        kernel = self.kernel[...].reshape(x_heads, self.heads // x_heads, width, -1).astype(dtype)
+        scores = jnp.einsum("btkh,kghf->btkgf", x.astype(dtype), kernel, precision=precision(x))
+        scores = scores.reshape(batch, time, self.heads, -1)
+        if self.act == "softmax":
+            features = jnp.concatenate([jax.nn.softmax(scores, axis=-1), jax.nn.softmax(-scores, axis=-1)], axis=-1)
+            return features.astype(x.dtype), jnp.zeros(features.shape[:-1], dtype)
+        # φ·e^{−m} and m are used together, and their product does not depend on m: it is a constant to autodiff.
+        log_scale = jax.lax.stop_gradient(jnp.abs(scores).max(axis=-1))
+        shift = log_scale[..., None]
+        features = jnp.concatenate([jnp.exp(scores - shift), jnp.exp(-scores - shift)], axis=-1)
+        return features.astype(x.dtype), log_scale

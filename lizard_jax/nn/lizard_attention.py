@@ -1,0 +1,248 @@
+"""Lizard attention: a softmax window and a gated linear branch over the same q, k, v, and how they are combined.
+
+Every published variant is a choice of the switches of ``LizardConfig``; none is a separate code path. A full forward
+is a continuation from the empty past, so training, chunked prefill and one-token steps are one computation.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lizard_jax.config import ModelConfig
+from lizard_jax.nn.feature_map import FeatureMap
+from lizard_jax.nn.gate import Gate
+from lizard_jax.nn.numerics import ABSENT, accumulation_dtype
+from lizard_jax.nn.params import NewParam
+from lizard_jax.nn.rope import cos_sin, inverse_frequencies, rotate, segment_positions
+from lizard_jax.nn.window import MetaMemory, window_attention
+from lizard_jax.typing import Array, Float, Int
+from pallas_kernels.log_gate_attention import LinearState, empty_state, log_gate_attention, log_gate_step
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LizardState:
+    """All a layer remembers of the tokens so far, of one size whatever their number.
+
+    Attributes:
+        position: ``[B]`` int32, tokens seen.
+        ring_k, ring_v: ``[B, W, K, H]`` the last W keys and values, oldest first, unrotated.
+        prefix_k, prefix_v: ``[B, M, K, H]`` the first M, where ``meta="prefix"``.
+        linear: the state of the linear branch, fp32, where there is one.
+    """
+
+    position: Int[Array, " B"]
+    ring_k: Float[Array, "B W K H"]
+    ring_v: Float[Array, "B W K H"]
+    prefix_k: Float[Array, "B M K H"] | None
+    prefix_v: Float[Array, "B M K H"] | None
+    linear: LinearState | None
+
+
+class LizardMixer(nnx.Module):
+    """Heads of Lizard attention from unrotated q, k, v and the layer's normalized input x.
+
+    Its parameters are the new ones alone (``NewParam``, fp32): feature maps ``phi_q``, ``phi_k``, the ``gate``, the
+    meta memory, and what the branches are combined with (α for ``sum``, β per head for ``joint``).
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        assert config.attention is not None
+        switches = config.attention
+        self.config = config
+        self.switches = switches
+        heads, kv_heads, width = config.num_heads, config.kv_heads, config.head_dim
+        state_heads = kv_heads if switches.state_heads == "kv" else heads
+        half = switches.feature_half or width
+        self.feature_width = 2 * half
+        self.state_heads = state_heads
+
+        phi_q = phi_k = gate = alpha = beta = sink = meta_k = meta_v = None
+        if switches.memory != "none":
+            phi_q = FeatureMap(heads, width, half, switches.act, switches.feature_start, rngs=rngs)
+            phi_k = FeatureMap(state_heads, width, half, switches.act, switches.feature_start, rngs=rngs)
+            gate = Gate(switches, config.hidden_size, state_heads, 2 * half, rngs=rngs)
+            if switches.combine == "sum":
+                alpha = NewParam(jnp.ones((), jnp.float32))
+            else:
+                beta = NewParam(jnp.full((heads,), switches.beta_start, jnp.float32))
+        tokens = switches.meta_tokens
+        if switches.meta == "sink":
+            sink = NewParam(jnp.full((heads,), jnp.log(float(tokens)), jnp.float32))
+        elif switches.meta == "learned":
+            meta_k = NewParam(jax.random.normal(rngs.params(), (tokens, kv_heads, width), jnp.float32))
+            meta_v = NewParam(jnp.zeros((tokens, kv_heads, width), jnp.float32))
+        self.phi_q, self.phi_k, self.gate = nnx.data(phi_q), nnx.data(phi_k), nnx.data(gate)
+        self.alpha, self.beta, self.sink = nnx.data(alpha), nnx.data(beta), nnx.data(sink)
+        self.meta_k, self.meta_v = nnx.data(meta_k), nnx.data(meta_v)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T N H"]:
+        """The head outputs before o_proj, in q's dtype; 0 for padding (segment 0)."""
+        state = self.init_state(q.shape[0], None, k.dtype)
+        segments = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        prefix_k = prefix_v = None
+        if self.switches.meta == "prefix":
+            # Each query reaches back to the start of its own document.
+            start = jnp.arange(q.shape[1], dtype=jnp.int32) - segment_positions(segments)
+            index = start[..., None] + jnp.arange(self.switches.meta_tokens, dtype=jnp.int32)
+            index = jnp.minimum(index, q.shape[1] - 1)
+            prefix_k, prefix_v = (jax.vmap(lambda a, i: a[i])(tokens, index) for tokens in (k, v))  # [B, T, M, K, H]
+        past = jnp.zeros((q.shape[0], self.switches.window), jnp.int32)
+        heads, _ = self._mix(
+            x, q, k, v, state, segments, jnp.concatenate([past, segments], axis=1), segment_positions(segments),
+            prefix_k, prefix_v, segment_ids,
+        )  # fmt: skip
+        return heads
+
+    def init_state(self, batch: int, max_length: int | None, dtype: jnp.dtype) -> LizardState:
+        """The empty past. ``max_length`` is not needed: the state never grows."""
+        config, switches = self.config, self.switches
+        tokens = (config.kv_heads, config.head_dim)
+        ring = jnp.zeros((batch, switches.window, *tokens), dtype)
+        prefix = jnp.zeros((batch, switches.meta_tokens, *tokens), dtype) if switches.meta == "prefix" else None
+        linear = None
+        if switches.memory != "none":
+            linear = empty_state(
+                batch, self.state_heads, self.feature_width, config.head_dim, dtype=accumulation_dtype(ring),
+                vector_gates=switches.gate in ("low_rank", "channel"),
+            )  # fmt: skip
+        return LizardState(jnp.zeros((batch,), jnp.int32), ring, ring, prefix, prefix, linear)
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        state: LizardState,
+    ) -> tuple[Float[Array, "B T N H"], LizardState]:
+        """T ≥ 1 tokens after those ``state`` has seen: head outputs, and the state after them."""
+        batch, time = q.shape[:2]
+        window, switches = self.switches.window, self.switches
+        positions = state.position[:, None] + jnp.arange(time, dtype=jnp.int32)
+        filled = jnp.arange(-window, 0, dtype=jnp.int32) + state.position[:, None] >= 0
+        segments = jnp.ones((batch, time), jnp.int32)
+        k_segments = jnp.concatenate([filled.astype(jnp.int32), segments], axis=1)
+        prefix_k, prefix_v = state.prefix_k, state.prefix_v
+        if prefix_k is not None and prefix_v is not None:
+            slot = jnp.arange(switches.meta_tokens, dtype=jnp.int32) - state.position[:, None]
+            arriving = ((slot >= 0) & (slot < time))[..., None, None]
+            index = jnp.clip(slot, 0, time - 1)[..., None, None]
+            prefix_k = jnp.where(arriving, jnp.take_along_axis(k, index, axis=1), prefix_k)
+            prefix_v = jnp.where(arriving, jnp.take_along_axis(v, index, axis=1), prefix_v)
+        heads, linear = self._mix(
+            x, q, k, v, state, segments, k_segments, positions,
+            None if prefix_k is None else prefix_k[:, None],
+            None if prefix_v is None else prefix_v[:, None],
+            None,
+        )  # fmt: skip
+        ring_k = jnp.concatenate([state.ring_k, k], axis=1)[:, time:]
+        ring_v = jnp.concatenate([state.ring_v, v], axis=1)[:, time:]
+        return heads, LizardState(state.position + time, ring_k, ring_v, prefix_k, prefix_v, linear)
+
+    def _mix(
+        self,
+        x: Float[Array, "B T D"],
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        state: LizardState,
+        segments: Int[Array, "B T"],
+        k_segments: Int[Array, "B WT"],
+        positions: Int[Array, "B T"],
+        prefix_k: Float[Array, "B P M K H"] | None,
+        prefix_v: Float[Array, "B P M K H"] | None,
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> tuple[Float[Array, "B T N H"], LinearState | None]:
+        switches = self.switches
+        all_k = jnp.concatenate([state.ring_k, k], axis=1)
+        all_v = jnp.concatenate([state.ring_v, v], axis=1)
+        meta = MetaMemory(
+            sink=None if self.sink is None else self.sink[...],
+            learned_k=None if self.meta_k is None else self.meta_k[...],
+            learned_v=None if self.meta_v is None else self.meta_v[...],
+            prefix_k=prefix_k,
+            prefix_v=prefix_v,
+        )
+        near, near_log = window_attention(
+            q, all_k, all_v, segments, k_segments, positions,
+            window=switches.window, rope=self.config.rope if switches.window_rope else None, meta=meta,
+        )  # fmt: skip
+        if switches.memory == "none":
+            return jnp.where((segments != 0)[..., None, None], near, 0.0).astype(q.dtype), None
+
+        far, far_log, linear = self._linear(
+            x, q, k, v, all_k, all_v, state, segments, k_segments, positions, segment_ids
+        )
+        if self.alpha is not None:
+            mixed = far + self.alpha[...].astype(near.dtype) * near
+        else:
+            assert self.beta is not None
+            far_log = far_log + self.beta[...].astype(far_log.dtype)
+            top = jax.lax.stop_gradient(jnp.maximum(near_log, far_log))
+            near_weight, far_weight = jnp.exp(near_log - top)[..., None], jnp.exp(far_log - top)[..., None]
+            mixed = (near_weight * near + far_weight * far) / (near_weight + far_weight)
+        return jnp.where((segments != 0)[..., None, None], mixed, 0.0).astype(q.dtype), linear
+
+    def _linear(
+        self,
+        x: Float[Array, "B T D"],
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        all_k: Float[Array, "B WT K H"],
+        all_v: Float[Array, "B WT K H"],
+        state: LizardState,
+        segments: Int[Array, "B T"],
+        k_segments: Int[Array, "B WT"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"], LinearState]:
+        """Output (fp32), log-normalizer with the queries' log-scale added back, and the state after the last token."""
+        switches, time = self.switches, q.shape[1]
+        assert self.phi_q is not None
+        assert self.phi_k is not None
+        assert self.gate is not None
+        assert state.linear is not None
+        if switches.memory == "evicted":
+            # The token that leaves the window as its W-th successor arrives; the gates stay where they are.
+            source_k, source_v, age = all_k[:, :time], all_v[:, :time], switches.window
+            present = (k_segments[:, :time] == segments) & (segments != 0)
+        else:
+            source_k, source_v, age = k, v, 0
+            present = segments != 0
+        if switches.memory == "evicted" and switches.meta == "prefix":
+            present &= positions - age >= switches.meta_tokens
+        to_q, to_k = q, source_k
+        if switches.linear_rope:
+            frequencies = inverse_frequencies(self.config.rope, self.config.head_dim)
+            to_q = rotate(q, *cos_sin(frequencies, positions))
+            to_k = rotate(source_k, *cos_sin(frequencies, positions - age))
+        q_feat, q_log_scale = self.phi_q(to_q)
+        k_feat, k_log_scale = self.phi_k(to_k)
+        log_gate = self.gate(x, k)
+        k_log_scale = jnp.where(present[..., None], k_log_scale, ABSENT)
+        if time == 1:
+            far, far_log, linear = log_gate_step(
+                q_feat[:, 0], k_feat[:, 0], source_v[:, 0], log_gate[:, 0],
+                k_log_scale=k_log_scale[:, 0], state=state.linear,
+            )  # fmt: skip
+            far, far_log = far[:, None], far_log[:, None]
+        else:
+            far, far_log, linear = log_gate_attention(
+                q_feat, k_feat, source_v, log_gate,
+                k_log_scale=k_log_scale, initial_state=state.linear, segment_ids=segment_ids, normalize=True,
+                return_log_normalizer=True, return_final_state=True, chunk=switches.chunk,
+            )  # fmt: skip
+        # An absent memory stays absent: its marker is so large that the log-scale would not change it in fp32.
+        return far.astype(accumulation_dtype(q)), far_log + q_log_scale, linear

@@ -1,0 +1,136 @@
+"""The teacher's attention: causal softmax over rotated keys, grouped-query, with documents and sliding windows."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lizard_jax.config import ModelConfig
+from lizard_jax.errors import UserError
+from lizard_jax.nn.cache import KVCache
+from lizard_jax.nn.numerics import accumulation_dtype
+from lizard_jax.nn.rope import cos_sin, inverse_frequencies, rotate, segment_lengths, segment_positions, segment_starts
+from lizard_jax.typing import Array, Float, Int
+
+QUERY_BLOCK = 512
+
+
+def interval_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    first: Int[Array, "B T"],
+    last: Int[Array, "B T"],
+) -> Float[Array, "B T N H"]:
+    """``softmax(q kᵀ/√H) v`` where query t sees keys ``first[t] … last[t]``; an empty interval gives 0.
+
+    Scores, softmax and the sum over values are float32. Above twice ``QUERY_BLOCK`` queries run block by block and
+    are recomputed in the backward pass, so memory is ``N · QUERY_BLOCK · S``. Query heads of a group share their
+    key head without a copy of it.
+    """
+    batch, length, heads, head_dim = q.shape
+    groups = k.shape[2]
+    wide = accumulation_dtype(q)
+    index = jnp.arange(k.shape[1], dtype=jnp.int32)
+
+    def attend(queries: Array, lowest: Array, highest: Array) -> Array:
+        grouped = queries.reshape(batch, -1, groups, heads // groups, head_dim)
+        scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=wide) * head_dim**-0.5
+        seen = (lowest[..., None] <= index) & (index <= highest[..., None])
+        seen = seen[:, None, None]
+        scores = jnp.where(seen, scores, -jnp.inf)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0.0, top))
+        weights = jnp.exp(scores - top)
+        total = jnp.moveaxis(jnp.sum(weights, axis=-1), 3, 1)[..., None]
+        out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v, preferred_element_type=wide)
+        out = out / jnp.where(total == 0, 1.0, total)
+        return out.reshape(batch, -1, heads, head_dim).astype(q.dtype)
+
+    first = jnp.broadcast_to(first, (batch, length))
+    last = jnp.broadcast_to(last, (batch, length))
+    if length <= 2 * QUERY_BLOCK:
+        return attend(q, first, last)
+
+    padding = -length % QUERY_BLOCK
+
+    def blocks(x: Array, fill: int) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+        return jnp.moveaxis(x.reshape(batch, -1, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+
+    # Added queries see the interval 1…0, which is empty.
+    out = jax.lax.map(lambda block: jax.checkpoint(attend)(*block), (blocks(q, 0), blocks(first, 1), blocks(last, 0)))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, head_dim)[:, :length]
+
+
+class SoftmaxMixer(nnx.Module):
+    """Causal softmax attention of one layer; no parameters of its own.
+
+    Keys and queries are rotated by their position in the document. A layer named by ``sliding_window_layers`` sees
+    the last ``sliding_window`` tokens only. With ``dynamic`` RoPE the full forward reads the length of each document,
+    and ``extend`` the length so far: keys already cached keep the rotation they arrived with, as in transformers, so
+    the two agree up to the original context and differ beyond it.
+    """
+
+    def __init__(self, config: ModelConfig, layer_index: int):
+        self.rope = config.rope
+        self.kv_heads = config.kv_heads
+        self.head_dim = config.head_dim
+        slides = config.sliding_window_layers is None or layer_index in config.sliding_window_layers
+        self.window = config.sliding_window if slides else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T N H"]:
+        length = q.shape[1]
+        index = jnp.arange(length, dtype=jnp.int32)[None]
+        if segment_ids is None:
+            positions, first = index, jnp.zeros_like(index)
+            inv_freq = inverse_frequencies(self.rope, self.head_dim, length=length)
+        else:
+            positions = segment_positions(segment_ids)
+            first = jnp.where(segment_ids == 0, index + 1, segment_starts(segment_ids))
+            inv_freq = inverse_frequencies(self.rope, self.head_dim, length=segment_lengths(segment_ids))
+        if self.window is not None:
+            first = jnp.maximum(first, index - (self.window - 1))
+        cos, sin = cos_sin(inv_freq, positions)
+        return interval_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, first, index)
+
+    def init_state(self, batch: int, max_length: int | None, dtype: DTypeLike) -> KVCache:
+        """An empty cache.
+
+        Raises:
+            UserError: ``max_length`` is None; a cache that grows needs its size named beforehand.
+        """
+        if max_length is None:
+            raise UserError("softmax attention keeps every token; init_state needs max_length, the most it may hold")
+        return KVCache.empty(batch, max_length, self.kv_heads, self.head_dim, dtype)
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        state: KVCache,
+    ) -> tuple[Float[Array, "B T N H"], KVCache]:
+        """T more tokens behind the cached ones.
+
+        Past the capacity it raises ``UserError`` where the position is known (see ``KVCache.append``); under
+        ``jax.jit``, where it is not, every output of such a call is NaN.
+        """
+        positions = state.position + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+        inv_freq = inverse_frequencies(self.rope, self.head_dim, length=state.position + q.shape[1])
+        cos, sin = cos_sin(inv_freq, positions)
+        state, overflow = state.append(rotate(k, cos, sin), v)
+        first = jnp.zeros_like(positions) if self.window is None else positions - (self.window - 1)
+        heads = interval_attention(
+            rotate(q, cos, sin), state.k.astype(q.dtype), state.v.astype(q.dtype), first, positions
+        )
+        return jnp.where(overflow, jnp.nan, heads), state

@@ -1,0 +1,147 @@
+"""The only mesh knowledge: axes, where each parameter lies, and how a batch is split.
+
+Parameters are placed by a table of path patterns. Everything else follows from it: an optimizer moment ends in its
+parameter's path, so the same row places it. XLA's partitioner does the rest (pjit semantics).
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lizard_jax.config import MeshConfig
+from lizard_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
+
+# The first row whose pattern is found in the path decides. Kernels are [in, out]; an adapter's low-rank axis is whole.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"(q|k|v|gate|up)_proj/lora_a$", PartitionSpec("fsdp", None)),
+    (r"(q|k|v|gate|up)_proj/lora_b$", PartitionSpec(None, "tensor")),
+    (r"(o|down)_proj/lora_a$", PartitionSpec("tensor", None)),
+    (r"(o|down)_proj/lora_b$", PartitionSpec(None, "fsdp")),
+    (r"(q|k|v|gate|up)_proj/kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"(o|down)_proj/kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"(q|k|v|gate|up)_proj/bias$", PartitionSpec("tensor")),
+    (r"embed/embedding$", PartitionSpec("tensor", "fsdp")),
+    (r"lm_head/kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"mixer/phi_(q|k)/\w+$", PartitionSpec("tensor", "fsdp", None)),
+)
+
+
+def start_distributed() -> None:
+    """Join the other processes of a multi-host launch; do nothing when there is only this one.
+
+    A launch is multi-host where ``JAX_COORDINATOR_ADDRESS`` is set (with ``JAX_NUM_PROCESSES`` and
+    ``JAX_PROCESS_ID``), or where SLURM, Open MPI or a TPU pod says that there is more than one task.
+    """
+    if jax.distributed.is_initialized():
+        return
+    env = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in env and "JAX_NUM_PROCESSES" in env and "JAX_PROCESS_ID" in env:
+        jax.distributed.initialize(
+            env["JAX_COORDINATOR_ADDRESS"],
+            num_processes=int(env["JAX_NUM_PROCESSES"]),
+            process_id=int(env["JAX_PROCESS_ID"]),
+        )
+        return
+    tasks = max(int(env.get("SLURM_NTASKS", 1)), int(env.get("OMPI_COMM_WORLD_SIZE", 1)))
+    pod = "," in env.get("TPU_WORKER_HOSTNAMES", "")
+    if "JAX_COORDINATOR_ADDRESS" in env or tasks > 1 or pod:
+        jax.distributed.initialize()
+
+
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """The sizes of the axes ``data, fsdp, tensor`` on that many devices.
+
+    Raises:
+        UserError: more than one -1, a size below one, or a product that is not the number of devices.
+    """
+    sizes = [config.data, config.fsdp, config.tensor]
+    told = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh {told}: each axis is a positive number, and at most one is -1")
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if int(np.prod(sizes)) != devices:
+        raise UserError(f"mesh {told} does not cover the {devices} devices here; their product must be {devices}")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh over all devices of all processes, with ``AxisType.Auto`` axes ``data, fsdp, tensor``.
+
+    Raises:
+        UserError: the axes do not cover the devices.
+    """
+    shape = mesh_shape(config, jax.device_count())
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A pytree path as ``layers/0/self_attn/q_proj/kernel``, without the attribute nnx keeps the array under."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def partition_spec(name: str, shape: tuple[int, ...], axis_sizes: Mapping[str, int]) -> PartitionSpec:
+    """The PartitionSpec of the array at that path; an axis that does not divide its dimension is left whole."""
+    for pattern, spec in RULES:
+        if re.search(pattern, name) and len(spec) == len(shape):
+            fits = (
+                axis if axis and size % axis_sizes[axis] == 0 else None for axis, size in zip(spec, shape, strict=True)
+            )
+            return PartitionSpec(*fits)
+    return PartitionSpec()
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a pytree of arrays or ShapeDtypeStructs (parameters, optimizer state), same structure."""
+    sizes = dict(mesh.shape)
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, sizes))
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over ``data`` and ``fsdp`` together; ``tensor`` sees every row."""
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Refuse a batch whose rows do not divide over the mesh.
+
+    Raises:
+        UserError: ``batch_size`` is not a multiple of data x fsdp.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % parts:
+        raise UserError(
+            f"batch size {batch_size} does not divide over data x fsdp = {parts} devices; use a multiple of it"
+        )
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Place arrays that every process holds whole; those on the mesh already stay."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(place, tree, shardings)

@@ -1,0 +1,242 @@
+"""Checkpoints of a stage: the parts that are not the teacher's, its optimizer, and what they belong to.
+
+``STAGE/run.json`` says which settings, teacher and data the checkpoints belong to. ``STAGE/checkpoints/STEP`` are the
+latest few, with optimizer state; ``STAGE/best/STEP`` is the one with the lowest held-out loss, parameters only. Orbax
+writes each beside its place and renames it, so a checkpoint that exists is whole.
+"""
+
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from lizard_jax import sharding
+from lizard_jax.errors import UserError, disk_full
+from lizard_jax.nn.params import LoraParam, NewParam
+
+
+def kept(trainable: Any) -> Any:
+    """The nnx filter of what a checkpoint holds: the new modules, LoRA, and whatever else the stage trains."""
+    return nnx.Any(NewParam, LoraParam, trainable)
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their path; checkpoints are flat, so that they outlive container types."""
+    return {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def fill(tree: Any, leaves: dict[str, Any]) -> Any:
+    """The pytree with each leaf that ``leaves`` names replaced."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(sharding.path_name(path), leaf), tree)
+
+
+class Checkpoints:
+    """The checkpoints of one stage directory. Every method is called by all processes.
+
+    Raises:
+        UserError: from ``save`` and ``save_best``, when the disk is full; what was saved before is intact.
+    """
+
+    def __init__(self, stage_dir: Path, keep: int = 2) -> None:
+        _quiet()
+        self._dir = stage_dir
+        self._latest = _manager(stage_dir / "checkpoints", keep)
+        self._best = _manager(stage_dir / "best", 1)
+
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint, None where there is none."""
+        return self._latest.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint, None where there is none."""
+        return self._best.latest_step()
+
+    def best_loss(self) -> float:
+        """Held-out loss of the best checkpoint; inf where there is none."""
+        step = self.best_step()
+        if step is None:
+            return float("inf")
+        return self._best.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))["info"]["loss"]
+
+    def save(self, step: int, params: Any, optimizer: Any) -> None:
+        """Save parameters and optimizer state as the newest checkpoint; the step counts finished updates."""
+        items = {"params": ocp.args.StandardSave(named(params)), "optimizer": ocp.args.StandardSave(named(optimizer))}
+        self._save(self._latest, step, items)
+
+    def save_best(self, step: int, params: Any, loss: float) -> None:
+        """Save parameters as the best so far, in place of the best before."""
+        items = {"params": ocp.args.StandardSave(named(params)), "info": ocp.args.JsonSave({"loss": loss})}
+        self._save(self._best, step, items)
+
+    def restore(self, params: Any, optimizer: Any, mesh: Mesh) -> tuple[Any, Any, int]:
+        """The newest checkpoint in the structure, dtypes and (whatever it was saved on) mesh of these."""
+        step = self._latest.latest_step()
+        assert step is not None
+        items = {
+            "params": ocp.args.StandardRestore(_abstract(params, mesh)),
+            "optimizer": ocp.args.StandardRestore(_abstract(optimizer, mesh)),
+        }
+        got = self._latest.restore(step, args=ocp.args.Composite(**items))
+        return fill(params, got["params"]), fill(optimizer, got["optimizer"]), step
+
+    def close(self) -> None:
+        """Let go of Orbax's threads."""
+        self._latest.close()
+        self._best.close()
+
+    def _save(self, manager: ocp.CheckpointManager, step: int, items: dict[str, Any]) -> None:
+        if step in manager.all_steps():
+            return
+        # Asked first, because Orbax's other writes go on after one has failed.
+        if shutil.disk_usage(manager.directory).free < bytes_needed(items.values()):
+            raise full_disk(self._dir, self.latest_step())
+        usual, sys.unraisablehook = sys.unraisablehook, _ignore_closed_loop
+        try:
+            manager.save(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            _remove_unfinished(Path(manager.directory))
+            if disk_full(error):
+                raise full_disk(self._dir, self.latest_step()) from None
+            raise
+        sys.unraisablehook = usual
+
+
+def restore_params(stage_dir: Path, params: Any, which: str = "best") -> tuple[Any, int]:
+    """The parameters of a stage's ``best`` or ``latest`` checkpoint, on the host, in the structure of ``params``.
+
+    Only the leaves that ``params`` has are read. Returns them with the checkpoint's step.
+
+    Raises:
+        UserError: there is no checkpoint of that kind, or it holds other parameters than these.
+    """
+    directory = stage_dir / {"best": "best", "latest": "checkpoints"}[which]
+    if not has_checkpoint(directory):
+        raise UserError(f"{stage_dir} holds no {which} checkpoint; train that stage first")
+    wanted = named(params)
+    _quiet()
+    step = max(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
+    with ocp.PyTreeCheckpointer() as reader:
+        place = directory.resolve() / str(step) / "params"
+        shapes = {name: tuple(leaf.shape) for name, leaf in reader.metadata(place).item_metadata.items()}
+        wrong = [name for name, leaf in wanted.items() if shapes.get(name) != tuple(leaf.shape)]
+        if wrong:
+            told = f"{', '.join(wrong[:3])}{' …' * (len(wrong) > 3)}"
+            raise UserError(f"{directory} does not hold {told} in the shape this model has; is it another model's run?")
+        got = reader.restore(
+            place,
+            ocp.args.PyTreeRestore(
+                item={name: np.zeros(()) for name in wanted},
+                restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted},
+                partial_restore=True,
+            ),
+        )
+    return fill(params, got), step
+
+
+def has_checkpoint(directory: Path) -> bool:
+    """Whether a folder of checkpoints, or a stage directory, holds a whole one."""
+    folders = (directory, directory / "checkpoints", directory / "best")
+    return any(entry.name.isdigit() for folder in folders if folder.is_dir() for entry in folder.iterdir())
+
+
+def _quiet() -> None:
+    """Orbax logs every file it opens and the traceback of every failure; failures arrive as exceptions as well."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
+    )
+    return ocp.CheckpointManager(directory.resolve(), options=options)
+
+
+def _abstract(tree: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    sizes = dict(mesh.shape)
+
+    def place(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        spec = sharding.partition_spec(name, leaf.shape, sizes)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+    return {name: place(name, leaf) for name, leaf in named(tree).items()}
+
+
+def bytes_needed(items: Iterable[Any]) -> int:
+    """Disk space that saving takes at most: the arrays, and room for Orbax's own files."""
+    leaves = jax.tree.leaves([item.item for item in items])
+    return sum(leaf.nbytes + 4096 for leaf in leaves if isinstance(leaf, jax.Array)) + (1 << 20)
+
+
+def _ignore_closed_loop(told: Any) -> None:
+    """After a failed save Orbax's unfinished writes find their event loop closed; the failure itself was raised."""
+    if not (isinstance(told.exc_value, RuntimeError) and "loop is closed" in str(told.exc_value)):
+        sys.__unraisablehook__(told)
+
+
+def _remove_unfinished(directory: Path) -> None:
+    for _ in range(10):
+        for leftover in directory.glob("*orbax-checkpoint-tmp*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        time.sleep(0.1)  # a write still under way makes its folder again
+        if not any(directory.glob("*orbax-checkpoint-tmp*")):
+            return
+
+
+# ------------------------------------------------------------------------------------------------- plain files
+
+
+def full_disk(directory: Path, step: int | None) -> UserError:
+    """What to tell the user when saving failed for want of space."""
+    before = "no checkpoint had been saved" if step is None else f"the checkpoint of step {step} is intact"
+    return UserError(f"no space left to save in {directory}; {before}; free some space and run the same command again")
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: beside its place, then renamed."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: it is missing, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; is {path.parent} the stage directory of a run?") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def changes(old: dict[str, Any], new: dict[str, Any], ignore: tuple[str, ...]) -> list[str]:
+    """The settings that differ, each as ``name: old -> new``; names that start as one of ``ignore`` may differ."""
+    return [
+        f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name) and not name.startswith(ignore)
+    ]

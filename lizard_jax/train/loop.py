@@ -1,0 +1,242 @@
+"""The training loop: steps, validations, checkpoints and signals, the same for every stage.
+
+Metrics are read one step behind, so that the host never waits for the step it has just sent off. Whatever is saved has
+been seen to be finite first.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from lizard_jax import sharding
+from lizard_jax.config import RunConfig
+from lizard_jax.errors import UserError, disk_full
+from lizard_jax.train import stages
+from lizard_jax.train.checkpoint import Checkpoints, fill, full_disk, kept, named
+from lizard_jax.train.log import MetricsLog, ProgressLine
+from lizard_jax.train.optim import Optimizer
+from lizard_jax.train.step import TrainState, eval_step, place, train_step
+
+VALIDATIONS = 10
+AGREE_EVERY = 10
+"""Steps between the moments when several hosts ask each other whether one was told to stop."""
+
+
+class Batches(Protocol):
+    """What the loop needs of ``data.Loader``: a batch as a function of the step alone, and a held-out set."""
+
+    def batch(self, step: int) -> Any: ...
+
+    def held_out(self) -> Sequence[Any]: ...
+
+
+class Stopped(Exception):
+    """A signal ended the run; its checkpoint is saved."""
+
+    def __init__(self, number: int, step: int, total: int) -> None:
+        self.number = number
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} at step {step} of {total}; run the same command again to go on")
+
+
+def total_steps(config: RunConfig) -> int:
+    """Optimizer steps of the run: ``steps``, or as many as the token budget fills."""
+    return config.steps or max(1, config.optim.tokens // (config.data.batch_size * config.data.sequence_length))
+
+
+class Trainer:
+    """One stage's run over one mesh: ``Trainer(config, model, batches, stage_dir, mesh).run()``.
+
+    A ``stage_dir`` that holds a checkpoint is resumed, and its end is the undisturbed run's, bit for bit on CPU.
+    """
+
+    def __init__(self, config: RunConfig, model: nnx.Module, batches: Batches, stage_dir: Path, mesh: Mesh) -> None:
+        self.config, self.batches, self.stage_dir, self.mesh = config, batches, stage_dir, mesh
+        self.total = total_steps(config)
+        self.validate_every = config.validate_every or max(1, math.ceil(self.total / VALIDATIONS))
+        self.save_every = config.save_every or self.validate_every
+        self.checkpoints = Checkpoints(stage_dir)
+        optimizer = Optimizer(config.optim, self.total)
+        self.state = place(config, model, optimizer, mesh)
+        self.start = 0
+        if self.checkpoints.latest_step() is not None:
+            self._resume()
+        self._train = train_step(config, optimizer, self.state, mesh)
+        self._evaluate = eval_step(config, self.state, mesh)
+        self._writes = jax.process_index() == 0
+        self.log = MetricsLog(stage_dir, self.start, self._writes)
+        self._best = self.checkpoints.best_loss()
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Every entry of ``metrics.jsonl``."""
+        return self.log.history
+
+    def run(self) -> TrainState:
+        """Train to the end.
+
+        Raises:
+            Stopped: SIGINT or SIGTERM came; a checkpoint is saved.
+            UserError: loss or gradient is not finite, or the disk is full; earlier checkpoints are intact.
+        """
+        try:
+            with _signals() as told, ProgressLine(self.config.stage, self.start, self.total, self._writes) as line:
+                self._line = line
+                self._steps(told)
+            self.log.flush()
+        except OSError as error:
+            if disk_full(error):
+                raise full_disk(self.stage_dir, self.checkpoints.latest_step()) from None
+            raise
+        finally:
+            self.log.close()
+            self.checkpoints.close()
+        return self.state
+
+    def _steps(self, told: list[int]) -> None:
+        state = self.state
+        if self.start == self.total:
+            self._line.say(f"{self.stage_dir} is complete at step {self.total}")
+        elif self.start:
+            self._line.say(f"resuming {self.stage_dir} at step {self.start} of {self.total}")
+        elif not any(entry["step"] == 0 for entry in self.history):
+            self._validate(0)
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._clock = time.monotonic()
+        for index in range(self.start, self.total):
+            done = index + 1
+            batch = self._placed(self.batches.batch(index))
+            state.trainable, state.optimizer, metrics = self._train(
+                state.trainable, state.optimizer, state.frozen, batch
+            )
+            if pending is not None:
+                self._record(*pending)
+            pending = (done, metrics)
+            stop = _agreed(told, done)
+            last = done == self.total
+            validates = last or done % self.validate_every == 0
+            saves = last or done % self.save_every == 0 or stop
+            if not (validates or saves):
+                continue
+            self._record(*pending)
+            pending = None
+            if validates:
+                self._validate(done)
+            if saves:
+                self._save(done)
+            if stop and not last:
+                raise Stopped(stop, done, self.total)
+            self._clock = time.monotonic()
+
+    def _placed(self, batch: Any) -> Any:
+        where = sharding.batch_sharding(self.mesh)
+        return sharding.put(batch, jax.tree.map(lambda _: where, batch))
+
+    def _record(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Read a step's metrics, refuse what is not finite, and write them down."""
+        values = {name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            self._diverged(step, f"loss {values['loss']}, gradient norm {values['grad_norm']}")
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        tokens = self.config.data.batch_size * self.config.data.sequence_length
+        entry = {"step": step, "tokens": step * tokens, **values, "seconds": seconds}
+        entry["tokens_per_second"] = tokens / max(seconds, 1e-9)
+        self.log.write(entry)
+        pace = self._pace()
+        self._line.step(step, values["loss"], tokens / max(pace, 1e-9), (self.total - step) * pace)
+
+    def _pace(self) -> float:
+        """Seconds a step, by the median of the last twenty, which a compile or a pause does not move."""
+        recent = [entry["seconds"] for entry in self.history[-24:] if "seconds" in entry]
+        return float(np.median(recent[-20:]))
+
+    def _validate(self, step: int) -> None:
+        began = time.monotonic()
+        sums: dict[str, Any] = {}
+        for batch in self.batches.held_out():
+            part = jax.device_get(self._evaluate(self.state.trainable, self.state.frozen, self._placed(batch)))
+            sums = {name: np.asarray(value, np.float64) + sums.get(name, 0.0) for name, value in part.items()}
+        numbers = stages.finish(sums)
+        if not math.isfinite(numbers["loss"]):
+            self._diverged(step, f"held-out loss {numbers['loss']}")
+        self.log.write({"step": step, "validation": numbers | {"seconds": time.monotonic() - began}})
+        self._line.say(f"stage {self.config.stage}  {step}/{self.total}  held-out {_told(numbers)}")
+        if step > 0 and numbers["loss"] < self._best:
+            self._best = numbers["loss"]
+            self.checkpoints.save_best(step, self._kept(), self._best)
+
+    def _save(self, step: int) -> None:
+        # The log first: a checkpoint promises that every line up to its step is on disk.
+        self.log.flush()
+        self.checkpoints.save(step, self._kept(), self.state.optimizer)
+
+    def _kept(self) -> nnx.State:
+        """What checkpoints hold of the parameters."""
+        both = nnx.merge_state(self.state.trainable, self.state.frozen)
+        return nnx.filter_state(both, kept(stages.trainable(self.config)))
+
+    def _resume(self) -> None:
+        params, self.state.optimizer, self.start = self.checkpoints.restore(
+            self._kept(), self.state.optimizer, self.mesh
+        )
+        leaves = named(params)
+        self.state.trainable = fill(self.state.trainable, leaves)
+        self.state.frozen = fill(self.state.frozen, leaves)
+
+    def _diverged(self, step: int, what: str) -> None:
+        saved = self.checkpoints.latest_step()
+        kept_at = "no checkpoint was saved before" if saved is None else f"the checkpoint of step {saved} is kept"
+        raise UserError(
+            f"stage {self.config.stage} diverged at step {step}: {what}; {kept_at} in {self.stage_dir}; "
+            "try a lower --learning-rate in a new --out"
+        )
+
+
+def _told(numbers: dict[str, Any]) -> str:
+    told = f"loss {numbers['loss']:.4f}"
+    if "teacher_loss" in numbers:
+        told += f" (teacher {numbers['teacher_loss']:.4f})"
+    if numbers.get("layer_mse"):
+        told += f"  layer mse {np.mean(numbers['layer_mse']):.3e}"
+    return told
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM into a list; the second one of a kind acts as usual."""
+    told: list[int] = []
+    usual: dict[int, Any] = {}
+
+    def note(number: int, _: FrameType | None) -> None:
+        told.append(number)
+        signal.signal(number, usual[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        usual[number] = signal.signal(number, note)
+    try:
+        yield told
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def _agreed(told: list[int], step: int) -> int:
+    """The signal to stop for, 0 for none; all hosts answer alike."""
+    mine = told[0] if told else 0
+    if jax.process_count() == 1:
+        return mine
+    if step % AGREE_EVERY:
+        return 0
+    return int(np.max(multihost_utils.process_allgather(np.asarray(mine, np.int32))))

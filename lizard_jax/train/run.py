@@ -1,0 +1,292 @@
+"""One stage from its settings to its report: what it starts from, what it belongs to, and how it is loaded again."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from lizard_jax import sharding
+from lizard_jax.cli import flatten, from_dict, override
+from lizard_jax.config import ModelConfig, RunConfig, to_dict
+from lizard_jax.convert.files import carry, locate, read_json
+from lizard_jax.convert.hf_config import model_config
+from lizard_jax.convert.load import load_hf
+from lizard_jax.convert.save import save_hf
+from lizard_jax.data.loader import Loader
+from lizard_jax.data.text import load_tokenizer
+from lizard_jax.embedded import teacher_config, teacher_path
+from lizard_jax.errors import UserError
+from lizard_jax.lora import add_lora
+from lizard_jax.models import Llama
+from lizard_jax.models import build as build_model
+from lizard_jax.nn.params import NewParam
+from lizard_jax.train import checkpoint, report, stages
+from lizard_jax.train.loop import Trainer
+
+# A resumed run may differ in these: where it lies, on what, how often it saves, and paths that fingerprints stand for.
+MAY_CHANGE = ("out", "mesh.", "validate_every", "save_every", "teacher", "data.path")
+
+# What stage 2 takes over from stage 1, unless the command line says otherwise: what it adapts, and the text.
+CARRIED = (
+    "teacher", "preset", "attention", "data.path", "data.format", "data.separator", "data.split", "data.text_column",
+    "data.held_out", "data.segment_mask",
+)  # fmt: skip
+
+_BLOCK, _BLOCKS = 1 << 20, 64
+
+
+def stage_dir(config: RunConfig, stage: int | None = None) -> Path:
+    """``OUT/stageK``; OUT defaults to ``runs/RECIPE``."""
+    out = Path(config.out).expanduser() if config.out else Path("runs") / config.recipe
+    return out / f"stage{config.stage if stage is None else stage}"
+
+
+def teacher_dir(name: str) -> Path:
+    """The directory of the teacher: the embedded one, a directory, or a hub id's snapshot.
+
+    Raises:
+        UserError: there is none.
+    """
+    return teacher_path() if name == "embedded" else locate(name)
+
+
+def fingerprint(directory: Path) -> str:
+    """A hash of a checkpoint: its config, and each weight file's name, size, header and 64 blocks spread over it.
+
+    Files under 64 MiB are hashed whole, so a 16 GB teacher takes a moment and a small one is known exactly.
+    """
+    digest = hashlib.sha256()
+    weights = [*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")]
+    for path in (directory / "config.json", *sorted(weights)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for index in range(_BLOCKS):
+                file.seek(max(index * _BLOCK, (size - _BLOCK) * index // (_BLOCKS - 1)))
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def continued(config: RunConfig, given: frozenset[str]) -> RunConfig:
+    """Stage 2's settings with stage 1's teacher, attention and text, except for what the command line gives.
+
+    Raises:
+        UserError: there is no stage 1, or the command line asks for another attention or teacher than its.
+    """
+    if config.stage != 2:
+        return config
+    first = stage_dir(config, 1)
+    if not checkpoint.has_checkpoint(first / "best"):
+        raise UserError(f"{first} holds no stage 1 to continue from; run train.py --stage=1 with the same --out first")
+    before = from_dict(RunConfig, checkpoint.read_json(first / "run.json")["config"])
+    old, new = flatten(before), flatten(config)
+    taken = {key: old[key] for key in new if key.startswith(CARRIED)}
+    asked = {key: new[key] for key in given if key in taken}
+    fixed = [
+        f"{key}={asked[key]!r}" for key in asked if key.startswith(("attention", "preset")) and asked[key] != old[key]
+    ]
+    if fixed:
+        raise UserError(f"stage 1 in {first} was trained with other settings than {', '.join(fixed)}; leave them out")
+    values = taken | asked
+    return override(config, {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+def check(config: RunConfig) -> None:
+    """Refuse what cannot work before anything is loaded.
+
+    Raises:
+        UserError: a value out of range, a sequence shorter than the window, or a run directory that cannot be written.
+    """
+    optim, data = config.optim, config.data
+    for name, value, good in (
+        ("learning rate", optim.learning_rate, optim.learning_rate > 0),
+        ("tokens", optim.tokens, optim.tokens > 0),
+        ("warmup", optim.warmup, 0 <= optim.warmup <= 1),
+        ("final", optim.final, 0 <= optim.final <= 1),
+        ("clip", optim.clip, optim.clip > 0),
+        ("beta1", optim.beta1, 0 <= optim.beta1 < 1),
+        ("beta2", optim.beta2, 0 <= optim.beta2 < 1),
+        ("weight decay", optim.weight_decay, optim.weight_decay >= 0),
+        ("steps", config.steps, config.steps >= 0),
+        ("validate-every", config.validate_every, config.validate_every >= 0),
+        ("save-every", config.save_every, config.save_every >= 0),
+        ("batch size", data.batch_size, data.batch_size > 0),
+        ("sequence length", data.sequence_length, data.sequence_length > 0),
+    ):
+        if not good:
+            raise UserError(f"{name} {value} is out of range; see train.py --help")
+    if config.stage > 0 and data.sequence_length < config.attention.window:
+        raise UserError(
+            f"sequence length {data.sequence_length} is shorter than the window {config.attention.window}; "
+            "give a longer --sequence-length or a smaller --window"
+        )
+    place = stage_dir(config).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write the run to {stage_dir(config)}: {place} is not a directory that can be written")
+
+
+def start_model(config: RunConfig, source: Path, mesh: Mesh | None = None) -> Llama:
+    """The model a stage starts from: fresh (0), the teacher with new modules (1), or with stage 1's and LoRA (2).
+
+    With a mesh, the teacher's weights go to their devices as they are read.
+    """
+    if config.stage == 0:
+        return build_model(_shape_of(config, source), dtype=config.dtype, rngs=nnx.Rngs(config.seed))
+    model = load_hf(source, attention=config.attention, dtype=config.dtype, seed=config.seed, mesh=mesh)
+    if config.stage == 2:
+        params, _ = checkpoint.restore_params(stage_dir(config, 1), nnx.state(model, NewParam))
+        nnx.update(model, params)
+        if not config.full:
+            add_lora(model, config.lora, nnx.Rngs(config.seed))
+    return widened(model, config)
+
+
+def widened(model: Llama, config: RunConfig) -> Llama:
+    """The model itself, or in float64 throughout where the run is: new parameters and LoRA too."""
+    if config.dtype == "float64":
+        nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.float64), nnx.state(model, nnx.Param)))
+    return model
+
+
+def load_run(directory: str | Path, which: str = "best") -> tuple[Llama, Path]:
+    """The model of a stage directory's ``best`` or ``latest`` checkpoint, and the teacher's directory.
+
+    Raises:
+        UserError: not a stage directory, no such checkpoint, or the teacher it belongs to is gone or has changed.
+    """
+    place = Path(directory).expanduser()
+    record = checkpoint.read_json(place / "run.json")
+    config = from_dict(RunConfig, record["config"])
+    source = teacher_dir(record["teacher"]["path"])
+    if config.stage > 0 and fingerprint(source) != record["teacher"]["fingerprint"]:
+        raise UserError(f"the teacher in {source} is not the one {place} was trained with; put that one back")
+    if config.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    if config.stage == 0:
+        shape = from_dict(ModelConfig, record["model"])
+        model = build_model(shape, dtype=config.dtype, rngs=nnx.Rngs(config.seed))
+    else:
+        model = load_hf(source, attention=config.attention, dtype=config.dtype, seed=config.seed)
+        if config.stage == 2 and not config.full:
+            add_lora(model, config.lora, nnx.Rngs(config.seed))
+    widened(model, config)
+    held = nnx.state(model, checkpoint.kept(stages.trainable(config)))
+    params, _ = checkpoint.restore_params(place, held, which)
+    nnx.update(model, jax.tree.map(jnp.asarray, params))
+    return model, source
+
+
+def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Run one stage to its end and report it; resume it where its directory holds a checkpoint.
+
+    Args:
+        given: dotted names of the settings that the command line gave.
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        UserError: bad input, a changed setting on resume, a full disk, or a diverged run.
+        Stopped: a signal came; a checkpoint is saved.
+    """
+    sharding.start_distributed()
+    if config.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    config = continued(config, given)
+    check(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.data.batch_size, mesh)
+    place = stage_dir(config)
+    source = teacher_dir(config.teacher)
+    record = _record(config, source)
+    if config.stage == 2:
+        first = checkpoint.read_json(stage_dir(config, 1) / "run.json")
+        if first["teacher"]["fingerprint"] != record["teacher"]["fingerprint"]:
+            raise UserError(
+                f"the teacher in {source} is not the one stage 1 in {stage_dir(config, 1)} was trained with"
+            )
+    _check_same(place, record)
+    tokenizer = load_tokenizer(source)
+    # Every process reads the global batch and keeps its shards: right on any mesh, also where tensor crosses hosts.
+    loader = Loader(config.data, tokenizer, vocab_size=record["model"]["vocab_size"])
+    record["data"] = {"fingerprint": loader.fingerprint, "tokens": loader.num_tokens}
+    _check_same(place, record)
+    model = start_model(config, source, mesh)
+
+    place.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        checkpoint.write_atomic(place / "run.json", json.dumps(record, indent=2) + "\n")
+    trainer = Trainer(config, model, loader, place, mesh)
+    del model
+    state = trainer.run()
+    if jax.process_index() != 0:
+        return {}
+    if config.stage == 0:
+        _export(config, source, place)
+    sizes = {"trained": _size(state.trainable), "total": _size(state.trainable) + _size(state.frozen)}
+    extra = {"parameters": sizes, "teacher_path": str(source), "data": record["data"]}
+    result = report.write(config, trainer.history, place, extra)
+    report.show(config, result, place)
+    return result
+
+
+def _shape_of(config: RunConfig, source: Path) -> ModelConfig:
+    if config.stage == 0 and config.teacher == "embedded":
+        return teacher_config()
+    shape = model_config(read_json(source / "config.json"))
+    return dataclasses.replace(shape, attention=None if config.stage == 0 else config.attention)
+
+
+def _record(config: RunConfig, source: Path) -> dict[str, Any]:
+    """What ``run.json`` says a run belongs to, data aside. Stage 0 takes only shape and tokenizer from its teacher."""
+    shape = _shape_of(config, source)
+    mark = hashlib.sha256(repr(shape).encode()).hexdigest() if config.stage == 0 else fingerprint(source)
+    return {
+        "config": to_dict(config),
+        "teacher": {"path": config.teacher if config.teacher == "embedded" else str(source), "fingerprint": mark},
+        "model": to_dict(shape),
+        "versions": report.versions(),
+    }
+
+
+def _check_same(place: Path, record: dict[str, Any]) -> None:
+    """Refuse to resume a run of other settings, another teacher or other data."""
+    if not checkpoint.has_checkpoint(place):
+        return
+    old = checkpoint.read_json(place / "run.json")
+    new_config = from_dict(RunConfig, record["config"])
+    old_config = from_dict(RunConfig, old["config"])
+    changed = checkpoint.changes(flatten(old_config), flatten(new_config), MAY_CHANGE)
+    for name in ("teacher", "data"):
+        if name in record and record[name]["fingerprint"] != old.get(name, {}).get("fingerprint"):
+            changed.append(f"{name}: not the one this run was trained with")
+    if changed:
+        raise UserError(
+            f"{place} holds a run of other settings ({'; '.join(changed)}); "
+            "repeat those it was started with, or name another --out"
+        )
+
+
+def _export(config: RunConfig, source: Path, place: Path) -> None:
+    """Stage 0's best parameters as an HF directory with the tokenizer, ``hf`` in the stage directory."""
+    target, staging = place / "hf", place / ".hf"
+    shutil.rmtree(staging, ignore_errors=True)
+    model, _ = load_run(place)
+    save_hf(model, staging, source=None)
+    carry(source, staging)
+    shutil.rmtree(target, ignore_errors=True)
+    staging.replace(target)
+
+
+def _size(state: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(state))

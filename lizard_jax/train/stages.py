@@ -1,0 +1,176 @@
+"""What each stage trains and by which loss.
+
+====== =================================== ==============================================================
+stage  trains                              loss
+====== =================================== ==============================================================
+0      every weight of a softmax decoder   next-token cross-entropy
+1      the new attention modules           per layer, MSE of head outputs against the teacher's softmax
+2      LoRA on q, k, v; the new modules    next-token cross-entropy of the student
+====== =================================== ==============================================================
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lizard_jax.config import RunConfig
+from lizard_jax.data.loader import Batch
+from lizard_jax.models import build
+from lizard_jax.models.llama import Llama
+from lizard_jax.nn.lizard_attention import LizardMixer
+from lizard_jax.nn.params import BaseParam, LoraParam, NewParam
+from lizard_jax.nn.softmax_attention import SoftmaxMixer
+from lizard_jax.train.losses import cross_entropy, head_error
+from lizard_jax.typing import Array
+
+
+def trainable(config: RunConfig) -> Any:
+    """The nnx filter of the parameters this run trains."""
+    if config.stage == 0 or (config.stage == 2 and config.full):
+        return nnx.Param
+    if config.stage == 1:
+        return NewParam
+    return nnx.Any(LoraParam, NewParam) if config.train_new else LoraParam
+
+
+def compiler_options(config: RunConfig) -> dict[str, Any] | None:
+    """What the stage's step is compiled with.
+
+    The CPU compiler orders work for parallelism by default, and in stage 1 then keeps every layer's activations; the
+    other order costs no time there.
+    """
+    if config.stage == 1 and jax.default_backend() == "cpu":
+        return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    return None
+
+
+def teacher_of(model: Llama) -> Llama:
+    """The softmax decoder inside a linearized one: its base weights, without LoRA and without the new modules."""
+    config = dataclasses.replace(model.config, attention=None)
+    abstract = nnx.eval_shape(lambda: build(config, dtype=model.embed.embedding.dtype, rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.graphdef(abstract), nnx.state(model, BaseParam))
+
+
+def _arrays(batch: Batch) -> tuple[Array, Array, Array, Array]:
+    """inputs, targets, segment ids, loss mask."""
+    return (
+        jnp.asarray(batch.inputs),
+        jnp.asarray(batch.targets),
+        jnp.asarray(batch.segment_ids),
+        jnp.asarray(batch.loss_mask),
+    )
+
+
+def loss_and_grads(config: RunConfig, model: Llama, batch: Batch) -> tuple[nnx.State, dict[str, Array]]:
+    """Gradients of the stage's loss over its trainable parameters, and the step's metrics.
+
+    Returns:
+        The gradients, shaped as ``nnx.state(model, trainable(config))``, and ``loss`` (fp32 scalar: nats a token, or
+        the mean over layers of the MSE), with ``layer_mse[L]`` beside it in stage 1.
+    """
+    if config.stage == 1:
+        return _distil(model, batch)
+    graph, train, rest = nnx.split(model, trainable(config), ...)
+    inputs, targets, segments, mask = _arrays(batch)
+
+    def loss(params: nnx.State) -> Array:
+        whole = nnx.merge(graph, params, rest)
+        hidden = whole.hidden(inputs, segment_ids=segments, remat=config.remat)
+        total = cross_entropy(whole, hidden, targets, mask)
+        return total / jnp.maximum(mask.sum().astype(total.dtype), 1.0)
+
+    value, grads = jax.value_and_grad(loss)(train)
+    return grads, {"loss": value}
+
+
+def _distil(model: Llama, batch: Batch) -> tuple[nnx.State, dict[str, Array]]:
+    """Stage 1. The teacher runs once; every layer's student sees the teacher's hidden state and is differentiated on
+    the spot, so that one layer's activations are all that lives at a time."""
+    grads = jax.tree.map(jnp.zeros_like, nnx.state(model, NewParam))
+    students = sum(isinstance(block.attention.mixer, LizardMixer) for block in model.layers)
+    errors = []
+    inputs, _, segments, _ = _arrays(batch)
+    x = model.embed(inputs)
+    for index, block in enumerate(model.layers):
+        normed = block.attention_norm(x)
+        q, k, v = block.attention.qkv(normed)
+        teacher_heads = SoftmaxMixer(model.config, index)(normed, q, k, v, segment_ids=segments)
+        mixer = block.attention.mixer
+        if isinstance(mixer, LizardMixer):
+            graph, new, rest = nnx.split(mixer, NewParam, ...)
+
+            def error(params, inputs=(normed, q, k, v), target=teacher_heads, graph=graph, rest=rest):
+                heads = nnx.merge(graph, params, rest)(*inputs, segment_ids=segments)
+                total = head_error(heads, target, segments)
+                mean = total / jnp.maximum((segments != 0).sum().astype(total.dtype), 1.0)
+                return mean / students, mean
+
+            layer_grads, mean = jax.grad(error, has_aux=True)(new)
+            x = _after((layer_grads, mean), x)
+            grads["layers"][index]["attention"]["mixer"] = layer_grads
+            errors.append(mean)
+        else:
+            errors.append(jnp.zeros((), jnp.float32))
+        x = block.after_heads(x, teacher_heads)
+    layer_mse = jnp.stack(errors)
+    return grads, {"loss": layer_mse.sum() / students, "layer_mse": layer_mse}
+
+
+def _after(first: Any, x: Array) -> Array:
+    """``x``, but not before ``first`` is computed: else a compiler runs the teacher ahead and keeps every layer alive.
+
+    A real data dependency, because the CPU compiler drops ``optimization_barrier`` before it orders the work, and a
+    maximum, because it would rewrite a sum of products and put the gradient itself off again. The maximum is +inf only
+    in a run that has diverged, which stops at its loss.
+    """
+    largest = jnp.stack([leaf.max() for leaf in jax.tree.leaves(first)]).max()
+    return jnp.where(largest == jnp.inf, largest.astype(x.dtype), x)
+
+
+def evaluate(config: RunConfig, model: Llama, batch: Batch) -> dict[str, Array]:
+    """Sums over one held-out batch, to be added up and handed to ``finish``.
+
+    ``student_nll`` and ``tokens`` always; ``teacher_nll``, ``layer_mse[L]`` and ``positions`` where the teacher is
+    still inside the model (stages 1 and 2, except full fine-tuning, which moves it).
+    """
+    inputs, targets, segments, mask = _arrays(batch)
+    hidden = model.hidden(inputs, segment_ids=segments)
+    sums = {"student_nll": cross_entropy(model, hidden, targets, mask), "tokens": mask.sum()}
+    if config.stage == 0 or config.full:
+        return sums
+    teacher = teacher_of(model)
+    errors = []
+    x = teacher.embed(inputs)
+    for teacher_block, student_block in zip(teacher.layers, model.layers, strict=True):
+        heads = {}
+        normed = teacher_block.attention_norm(x)
+        for name, block in (("teacher", teacher_block), ("student", student_block)):
+            q, k, v = block.attention.qkv(normed)
+            heads[name] = block.attention.mixer(normed, q, k, v, segment_ids=segments)
+        errors.append(head_error(heads["student"], heads["teacher"], segments))
+        x = teacher_block.after_heads(x, heads["teacher"])
+    return sums | {
+        "teacher_nll": cross_entropy(teacher, teacher.norm(x), targets, mask),
+        "layer_mse": jnp.stack(errors),
+        "positions": (segments != 0).sum().astype(jnp.float32),
+    }
+
+
+def finish(sums: dict[str, Array]) -> dict[str, Any]:
+    """Held-out numbers from added-up sums: ``loss`` (nats a token) and ``perplexity`` of the student; with
+    ``teacher_loss``, ``teacher_perplexity`` and the list ``layer_mse`` where they were measured."""
+    host = jax.device_get(sums)
+    tokens = max(float(host["tokens"]), 1.0)
+
+    def both(prefix: str, nll: Array) -> dict[str, float]:
+        loss = float(nll) / tokens
+        return {f"{prefix}loss": loss, f"{prefix}perplexity": float(jnp.exp(jnp.float32(loss)))}
+
+    out: dict[str, Any] = both("", host["student_nll"]) | {"tokens": int(tokens)}
+    if "teacher_nll" in host:
+        out |= both("teacher_", host["teacher_nll"])
+        out["layer_mse"] = [float(error) / max(float(host["positions"]), 1.0) for error in host["layer_mse"]]
+    return out

@@ -1,0 +1,76 @@
+"""One training step and one evaluation as pure jitted functions over a mesh.
+
+The model travels as three parts: its graph (static), the parameters the stage trains, and the frozen rest. The first
+two parts' buffers are donated, the frozen ones are only read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from lizard_jax import sharding
+from lizard_jax.config import RunConfig
+from lizard_jax.train import stages
+from lizard_jax.train.optim import Optimizer, OptimizerState
+
+
+@dataclass
+class TrainState:
+    """Everything of a run that lives on devices."""
+
+    graph: nnx.GraphDef
+    trainable: nnx.State
+    frozen: nnx.State
+    optimizer: OptimizerState
+
+    def model(self) -> nnx.Module:
+        """The whole model, sharing these arrays."""
+        return nnx.merge(self.graph, self.trainable, self.frozen)
+
+
+def place(config: RunConfig, model: nnx.Module, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """Split a model by what its stage trains, put the parts on the mesh, and start the optimizer there."""
+    graph, trainable, frozen = nnx.split(model, stages.trainable(config), ...)
+    trainable = sharding.put(trainable, sharding.state_shardings(trainable, mesh))
+    frozen = sharding.put(frozen, sharding.state_shardings(frozen, mesh))
+    shapes = jax.eval_shape(optimizer.init, trainable)
+    start = jax.jit(optimizer.init, out_shardings=sharding.state_shardings(shapes, mesh))
+    return TrainState(graph, trainable, frozen, start(trainable))
+
+
+def train_step(config: RunConfig, optimizer: Optimizer, state: TrainState, mesh: Mesh) -> Callable[..., Any]:
+    """``(trainable, optimizer state, frozen, batch) -> (trainable, optimizer state, metrics)``, jitted for the mesh.
+
+    Metrics are the stage's, with ``grad_norm`` (before clipping) and ``learning_rate``; they come back replicated.
+    Trainable parameters and optimizer state are donated.
+    """
+    graph = state.graph
+
+    def step(trainable: nnx.State, moments: OptimizerState, frozen: nnx.State, batch: Any) -> Any:
+        grads, metrics = stages.loss_and_grads(config, nnx.merge(graph, trainable, frozen), batch)
+        trainable, moments, info = optimizer.update(grads, moments, trainable)
+        return trainable, moments, metrics | info
+
+    places = [sharding.state_shardings(part, mesh) for part in (state.trainable, state.optimizer, state.frozen)]
+    return jax.jit(
+        step,
+        donate_argnums=(0, 1),
+        in_shardings=(*places, sharding.batch_sharding(mesh)),
+        out_shardings=(places[0], places[1], sharding.replicated(mesh)),
+        compiler_options=stages.compiler_options(config),
+    )
+
+
+def eval_step(config: RunConfig, state: TrainState, mesh: Mesh) -> Callable[..., Any]:
+    """``(trainable, frozen, batch) -> sums`` of ``stages.evaluate``, jitted for the mesh, replicated."""
+    graph = state.graph
+
+    def step(trainable: nnx.State, frozen: nnx.State, batch: Any) -> Any:
+        return stages.evaluate(config, nnx.merge(graph, trainable, frozen), batch)
+
+    places = [sharding.state_shardings(part, mesh) for part in (state.trainable, state.frozen)]
+    return jax.jit(step, in_shardings=(*places, sharding.batch_sharding(mesh)), out_shardings=sharding.replicated(mesh))

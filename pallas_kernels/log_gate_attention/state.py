@@ -1,0 +1,43 @@
+"""The fixed-size memory of gated linear attention, and the numbers that mark what is not in it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+EMPTY = -1e30  # log weight of what is not there; also the log normalizer of an empty memory
+ABSENT = -1e29  # a log weight at or below this is not there
+SMALLEST = 1e-30  # a denominator, relative to the row's largest decay, that counts as zero
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinearState:
+    """Sums over the keys seen so far, each weighted by ``e^(log weight - m)``.
+
+    ``kv = Σ_j e^(l_j - m) k_j v_jᵀ`` and ``z = Σ_j e^(l_j - m) k_j``, where ``l_j`` is the key's log scale plus the
+    gates since. ``m`` follows the largest ``l_j``, so nothing overflows; under gates of one value per feature each
+    feature has its own. It is a scale, not a quantity of its own: adding a constant to ``m`` and multiplying ``kv`` and
+    ``z`` by ``e^-constant`` is the same memory. Operations that return a state therefore treat its ``m`` as a constant,
+    and take a true gradient in the ``m`` they are given.
+    """
+
+    kv: Float[Array, "B S F H"]
+    z: Float[Array, "B S F"]
+    m: Float[Array, "B S"] | Float[Array, "B S F"]
+
+
+def empty_state(
+    batch: int, state_heads: int, features: int, head_width: int, dtype=jnp.float32, *, vector_gates: bool = False
+) -> LinearState:
+    """A memory with nothing in it: ``kv = 0``, ``z = 0``, ``m = -1e30``.
+
+    ``dtype`` is fp32, or fp64 for tests. ``vector_gates`` gives ``m`` the axis ``F`` that gates of one value per
+    feature need; a loop that carries the state wants it from the start.
+    """
+    return LinearState(
+        kv=jnp.zeros((batch, state_heads, features, head_width), dtype),
+        z=jnp.zeros((batch, state_heads, features), dtype),
+        m=jnp.full((batch, state_heads, features) if vector_gates else (batch, state_heads), EMPTY, dtype),
+    )

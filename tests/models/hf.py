@@ -1,0 +1,48 @@
+"""Small random HF models, saved where a test can load them."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def make(kind: str, directory: Path, *, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
+    """A random model of an architecture, saved to ``directory``.
+
+    Weights are several times larger than an untrained model's and biases and norms are random too, so that every
+    part moves the logits well above the tolerance.
+    """
+    settings = SIZES | changes
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.15 if parameter.ndim == 2 else 0.3
+            parameter.normal_(1.0 if "norm" in name else 0.0, spread)
+    model.save_pretrained(directory)
+    return model
+
+
+def tokens(length: int, *, batch: int = 2, vocab: int = SIZES["vocab_size"], seed: int = 0) -> np.ndarray:
+    """Random token ids ``[batch, length]``."""
+    return np.random.default_rng(seed).integers(0, vocab, (batch, length)).astype(np.int32)
+
+
+def logits(model: transformers.PreTrainedModel, ids: np.ndarray) -> jnp.ndarray:
+    """What transformers computes, in float32."""
+    with torch.no_grad():
+        return jnp.asarray(model(torch.tensor(ids, dtype=torch.long)).logits.float().numpy())

@@ -1,0 +1,97 @@
+"""The same run on one device and on meshes of eight."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from lizard_jax import sharding
+from lizard_jax.train import stages
+from lizard_jax.train.checkpoint import Checkpoints, named, restore_params
+from lizard_jax.train.optim import Optimizer
+from lizard_jax.train.step import place, train_step
+from tests.train.tiny import RandomBatches, make_model, mesh_of, run_config
+
+
+def _placed(batch, mesh):
+    where = sharding.batch_sharding(mesh)
+    return sharding.put(batch, jax.tree.map(lambda _: where, batch))
+
+
+def _host(tree):
+    return {name: np.asarray(leaf) for name, leaf in named(tree).items()}
+
+
+def _close(one, many, tolerance):
+    """Each array to ``tolerance`` of its own largest value."""
+    assert one.keys() == many.keys()
+    for name, value in one.items():
+        scale = np.abs(value).max() + 1e-30
+        assert np.abs(value - many[name]).max() <= tolerance * scale, name
+
+
+def _first_step(config, mesh):
+    state = place(config, make_model(config), Optimizer(config.optim, 1), mesh)
+
+    @jax.jit
+    def grads(trainable, frozen, batch):
+        return stages.loss_and_grads(config, nnx.merge(state.graph, trainable, frozen), batch)
+
+    found, metrics = grads(state.trainable, state.frozen, _placed(RandomBatches(config.data).batch(0), mesh))
+    return _host(found), float(metrics["loss"])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_first_step_in_fp32(stage):
+    config = run_config(stage)
+    one, loss = _first_step(config, mesh_of())
+    many, loss_many = _first_step(config, mesh_of(fsdp=8))
+    np.testing.assert_allclose(loss_many, loss, rtol=1e-5)
+    assert any(np.abs(value).max() > 0 for value in one.values())
+    _close(one, many, 1e-5)
+
+
+def _fifty_steps(config, mesh):
+    optimizer = Optimizer(config.optim, 50)
+    state = place(config, make_model(config), optimizer, mesh)
+    step = train_step(config, optimizer, state, mesh)
+    trainable, moments = state.trainable, state.optimizer
+    for index in range(50):
+        batch = _placed(RandomBatches(config.data).batch(index), mesh)
+        trainable, moments, metrics = step(trainable, moments, state.frozen, batch)
+    return _host(trainable), _host(moments), float(metrics["loss"])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.usefixtures("x64")
+def test_fifty_steps_in_float64(stage):
+    config = run_config(stage, dtype="float64")
+    one, moments, loss = _fifty_steps(config, mesh_of())
+    many, moments_many, loss_many = _fifty_steps(config, mesh_of(data=2, fsdp=2, tensor=2))
+    assert all(value.dtype == np.float64 for value in one.values())
+    np.testing.assert_allclose(loss_many, loss, rtol=1e-5)
+    _close(one, many, 1e-5)
+    _close(moments, moments_many, 1e-5)
+
+
+def test_a_checkpoint_moves_between_meshes(tmp_path):
+    config = run_config(1)
+    optimizer = Optimizer(config.optim, 1)
+    saved = place(config, make_model(config), optimizer, mesh_of(fsdp=2, tensor=4))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, saved.trainable, saved.optimizer)
+
+    mesh = mesh_of(fsdp=4, tensor=2)
+    blank = jax.tree.map(np.zeros_like, jax.device_get((saved.trainable, saved.optimizer)))
+    params, moments, step = checkpoints.restore(*blank, mesh)
+    checkpoints.close()
+    assert step == 1
+    for tree, original in ((params, saved.trainable), (moments, saved.optimizer)):
+        got, want = named(tree), named(original)
+        wanted = named(sharding.state_shardings(tree, mesh))
+        for name, leaf in got.items():
+            np.testing.assert_array_equal(np.asarray(leaf), np.asarray(want[name]))
+            assert leaf.sharding == wanted[name], name
+    on_host, _ = restore_params(tmp_path, blank[0], "latest")
+    for name, leaf in named(on_host).items():
+        np.testing.assert_array_equal(leaf, np.asarray(named(saved.trainable)[name]))

@@ -1,0 +1,188 @@
+"""The loop: what it writes, and that no way of stopping it changes where it ends."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from lizard_jax.errors import UserError
+from lizard_jax.train import stages
+from lizard_jax.train.checkpoint import Checkpoints
+from lizard_jax.train.log import read_metrics
+from lizard_jax.train.loop import Stopped, Trainer, total_steps
+from tests.train.tiny import RandomBatches, make_model, mesh_of, run_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = run_config(1, steps=8, validate_every=2)
+
+
+def _trainer(directory, batches=None, config=CONFIG):
+    return Trainer(config, make_model(config), batches or RandomBatches(config.data), directory, mesh_of())
+
+
+def _saved(directory, step):
+    """All arrays of a checkpoint, parameters and optimizer, on the host."""
+    out = {}
+    with ocp.PyTreeCheckpointer() as reader:
+        for part in ("params", "optimizer"):
+            place = directory / "checkpoints" / str(step) / part
+            names = reader.metadata(place).item_metadata
+            how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+            out |= reader.restore(place, ocp.args.PyTreeRestore(restore_args=how))
+    return out
+
+
+def _same_run(directory, undisturbed):
+    """Bitwise the same parameters, optimizer state and recorded losses."""
+    mine, theirs = _saved(directory, 8), _saved(undisturbed, 8)
+    assert mine.keys() == theirs.keys()
+    assert len(mine) > 20
+    for name, value in mine.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+    numbers = ("step", "loss", "layer_mse", "learning_rate", "grad_norm")
+    lines = [
+        [
+            {name: line.get(name, line.get("validation", {}).get(name)) for name in numbers}
+            for line in read_metrics(file, 8)
+        ]
+        for file in (directory / "metrics.jsonl", undisturbed / "metrics.jsonl")
+    ]
+    assert lines[0] == lines[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compiles(tmp_path_factory):
+    """In this process the same step is compiled again and again; keep what XLA made."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("undisturbed")
+    _trainer(directory).run()
+    return directory
+
+
+def test_what_a_run_writes(undisturbed):
+    lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert {"learning_rate", "grad_norm", "tokens_per_second", "layer_mse", "tokens"} <= steps[0].keys()
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    validations = [line for line in lines if "validation" in line]
+    assert [line["step"] for line in validations] == [0, 2, 4, 6, 8]
+    assert len(validations[0]["validation"]["layer_mse"]) == 2
+    assert sorted(int(path.name) for path in (undisturbed / "checkpoints").iterdir()) == [6, 8]
+    best = min(validations[1:], key=lambda line: line["validation"]["loss"])
+    checkpoints = Checkpoints(undisturbed)
+    assert (checkpoints.best_step(), checkpoints.best_loss()) == (best["step"], best["validation"]["loss"])
+    checkpoints.close()
+    assert next(undisturbed.glob("events.out.tfevents.*")).stat().st_size > 500
+
+
+def test_a_checkpoint_holds_no_teacher(undisturbed):
+    names = _saved(undisturbed, 8)
+    assert any("mixer/phi_q" in name for name in names)
+    assert not any("proj/kernel" in name or "embed" in name for name in names)
+
+
+def test_killed_and_resumed_is_bitwise_the_undisturbed_run(undisturbed, tmp_path):
+    worker = [sys.executable, "-W", "error", "-m", "tests.train.worker", str(tmp_path)]
+    with subprocess.Popen([*worker, "0.5"], cwd=ROOT, stderr=subprocess.DEVNULL) as slow:
+        limit = time.monotonic() + 240
+        while not (tmp_path / "checkpoints" / "4").exists() and slow.poll() is None and time.monotonic() < limit:
+            time.sleep(0.02)
+        time.sleep(0.6)  # into a step that no checkpoint has
+        slow.send_signal(signal.SIGKILL)
+    assert slow.returncode == -signal.SIGKILL
+    assert not (tmp_path / "checkpoints" / "8").exists()
+    subprocess.run([*worker, "0"], cwd=ROOT, check=True, capture_output=True, timeout=240)
+    _same_run(tmp_path, undisturbed)
+
+
+def test_a_signal_saves_and_tells_how_to_go_on(undisturbed, tmp_path):
+    class Signalled(RandomBatches):
+        def batch(self, step):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().batch(step)
+
+    with pytest.raises(Stopped, match="SIGTERM at step 3 of 8; run the same command again"):
+        _trainer(tmp_path, Signalled(CONFIG.data)).run()
+    assert (tmp_path / "checkpoints" / "3").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    # A line that a kill cut short is dropped.
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    _trainer(tmp_path).run()
+    _same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize(("bad", "token"), [("loss", -1), ("gradient", -2)])
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, bad, token, monkeypatch):
+    usual = stages.loss_and_grads
+
+    def poisoned(config, model, batch):
+        grads, metrics = usual(config, model, batch)
+        first = batch.inputs[0, 0]
+        loss = jnp.where(first == -1, jnp.float32(jnp.nan), metrics["loss"])
+        factor = jnp.where(first == -2, jnp.float32(jnp.inf), jnp.float32(1))
+        return jax.tree.map(lambda g: g * factor, grads), metrics | {"loss": loss}
+
+    monkeypatch.setattr(stages, "loss_and_grads", poisoned)
+
+    class Bad(RandomBatches):
+        def batch(self, step):
+            batch = super().batch(step)
+            if step == 5:
+                batch.inputs[0, 0] = token
+            return batch
+
+    with pytest.raises(UserError, match=r"diverged at step 6.*checkpoint of step 4 is kept") as told:
+        _trainer(tmp_path, Bad(CONFIG.data)).run()
+    assert ("loss nan" in str(told.value)) == (bad == "loss")
+    assert all(np.isfinite(value).all() for value in _saved(tmp_path, 4).values())
+    assert not (tmp_path / "checkpoints" / "6").exists()
+
+
+def test_too_little_space_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    class Filling(RandomBatches):
+        def batch(self, step):
+            if step == 3:
+                monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+            return super().batch(step)
+
+    with pytest.raises(UserError, match=r"no space left to save.*checkpoint of step 2 is intact"):
+        _trainer(tmp_path, Filling(CONFIG.data)).run()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["2"]
+
+
+def test_a_write_that_fails_is_one_line_and_earlier_checkpoints_stay(tmp_path):
+    worker = [sys.executable, "-W", "error", "-m", "tests.train.worker", str(tmp_path), "0", "3"]
+    done = subprocess.run(worker, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if not line.startswith("stage 1 ")] == [
+        f"error: no space left to save in {tmp_path}; the checkpoint of step 2 is intact; "
+        "free some space and run the same command again"
+    ]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    assert len(_saved(tmp_path, 2)) > 20
+
+
+def test_steps_come_from_the_token_budget():
+    config = run_config(1, steps=0)
+    assert total_steps(config) == config.optim.tokens // (8 * 32)
+    assert total_steps(run_config(1, steps=5)) == 5

@@ -1,0 +1,240 @@
+"""``train.py`` from command line to report, on a minute random teacher."""
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import train
+from lizard_jax.convert.files import carry
+from lizard_jax.convert.load import load_hf
+from lizard_jax.convert.save import save_hf
+from lizard_jax.embedded import teacher_path
+from lizard_jax.errors import UserError
+from lizard_jax.models import build
+from lizard_jax.nn.params import LoraParam, NewParam
+from lizard_jax.train.checkpoint import named
+from lizard_jax.train.run import fingerprint, load_run
+from tests.train.tiny import MODEL
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("teacher") / "hf"
+    shape = dataclasses.replace(MODEL, vocab_size=1024, num_layers=1)
+    save_hf(build(shape, rngs=nnx.Rngs(0)), directory, source=None)
+    carry(teacher_path(), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = np.random.default_rng(0).choice(["def", "return", "lizard", "class", "yield", "x"], (60, 80))
+    path.write_text("<|endoftext|>".join(" ".join(row) for row in words))
+    return path
+
+
+@pytest.fixture(scope="module")
+def line(teacher, text):
+    """A command line for a few steps, without stage and out."""
+    sizes = "--sequence-length 32 --window 8 --chunk 8 --batch-size 8 --held-out 0.1 --held-out-tokens 512 --steps 3"
+    return [*sizes.split(), "--teacher", str(teacher), "--data", str(text), "--learning-rate", "1e-2"]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, line):
+    """A finished stage 1 over eight devices."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    assert train.main(["--stage=1", *line, "--out", str(out)]) == 0
+    return out
+
+
+def _refused(capsys, argv, told):
+    """Code 2 and one line that says what is wrong."""
+    try:
+        code = train.main(argv)
+    except SystemExit as stopped:
+        code = stopped.code
+    stderr = capsys.readouterr().err
+    assert code == 2, stderr
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert told in stderr
+
+
+def test_a_stage_leaves_its_report(first):
+    place = first / "stage1"
+    result = json.loads((place / "result.json").read_text())
+    assert result["after"]["loss"] > 0
+    assert {
+        "teacher",
+        "before",
+        "after",
+        "config",
+        "versions",
+        "tokens",
+        "seconds",
+        "tokens_per_second",
+    } <= result.keys()
+    assert len(result["after"]["layer_mse"]) == 1
+    assert result["tokens"] == 3 * 8 * 32
+    assert (place / "curves.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((place / "run.json").read_text())
+    assert record["config"]["attention"]["window"] == 8
+    assert len(record["teacher"]["fingerprint"]) == 64
+    assert not [path.name for path in place.iterdir() if path.name.startswith(".")]
+
+
+def test_a_finished_run_is_shown_again(first, line, capsys):
+    before = (first / "stage1" / "metrics.jsonl").read_text()
+    assert train.main(["--stage=1", *line, "--out", str(first)]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert (first / "stage1" / "metrics.jsonl").read_text() == before
+
+
+def test_resuming_with_changed_settings_names_them(first, line, capsys):
+    argv = ["--stage=1", *line, "--out", str(first), "--learning-rate", "0.5", "--beta1", "0.8"]
+    _refused(capsys, argv, "optim.beta1: 0.9 -> 0.8; optim.learning_rate: 0.01 -> 0.5")
+
+
+def test_resuming_with_another_teacher_or_other_data_is_refused(first, line, teacher, text, tmp_path, capsys):
+    other = tmp_path / "teacher"
+    shutil.copytree(teacher, other)
+    assert fingerprint(other) == fingerprint(teacher)
+    file = other / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-7] ^= 1
+    file.write_bytes(data)
+    _refused(capsys, ["--stage=1", *line, "--out", str(first), "--teacher", str(other)], "teacher: not the one")
+    changed = tmp_path / "text.txt"
+    changed.write_text(text.read_text() + "<|endoftext|>one more document")
+    _refused(capsys, ["--stage=1", *line, "--out", str(first), "--data", str(changed)], "data: not the one")
+
+
+def test_stage_2_starts_from_stage_1_and_loads_again(first, line, capsys):
+    # Teacher, attention and text are stage 1's without being said again.
+    rest = "--sequence-length 32 --batch-size 8 --held-out-tokens 512 --steps 2 --learning-rate 1e-2"
+    assert train.main(["--stage=2", "--out", str(first), *rest.split()]) == 0
+    results = [json.loads((first / f"stage{stage}" / "result.json").read_text()) for stage in (1, 2)]
+    np.testing.assert_allclose(results[1]["before"]["loss"], results[0]["after"]["loss"], rtol=1e-5)
+    model, source = load_run(first / "stage2")
+    assert (source / "tokenizer.json").exists()
+    assert any(
+        np.abs(np.asarray(leaf)).max() > 0 for name, leaf in _leaves(model, LoraParam).items() if "lora_b" in name
+    )
+    one, _ = load_run(first / "stage1")
+    moved = _leaves(model, NewParam)
+    assert any(
+        np.abs(np.asarray(leaf) - np.asarray(moved[name])).max() > 0 for name, leaf in _leaves(one, NewParam).items()
+    )
+    capsys.readouterr()
+    _refused(capsys, ["--stage=2", "--out", str(first), "--window", "16"], "attention.window=16")
+
+
+def _leaves(model, kind):
+    return named(nnx.state(model, kind))
+
+
+def test_load_run_refuses_a_teacher_that_changed(first, tmp_path):
+    place = tmp_path / "stage1"
+    shutil.copytree(first / "stage1", place)
+    record = json.loads((place / "run.json").read_text())
+    record["teacher"]["fingerprint"] = "0" * 64
+    (place / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="not the one"):
+        load_run(place)
+    with pytest.raises(UserError, match=r"run\.json is missing"):
+        load_run(tmp_path)
+
+
+def test_stage_0_exports_a_teacher(line, tmp_path):
+    assert train.main(["--stage=0", *line, "--out", str(tmp_path / "out")]) == 0
+    exported = tmp_path / "out" / "stage0" / "hf"
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in exported.iterdir()}
+    model = load_hf(exported)
+    best, _ = load_run(tmp_path / "out" / "stage0")
+    for one, other in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(best)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("--teacher /nonexistent/teacher", "/nonexistent/teacher"),
+        ("--data /nonexistent/text.txt", "/nonexistent/text.txt"),
+        ("--data EMPTY", "empty.txt"),
+        ("--out FILE/run", "cannot write"),
+        ("--sequence-length 4", "shorter than the window 8"),
+        ("--batch-size 6", "batch size 6"),
+        ("--mesh-data 3", "mesh"),
+        ("--learning-rate 0", "learning rate"),
+        ("--config nope", "choose from"),
+        ("--preset nope", "choose from"),
+        ("--lora-targets nope --stage=2", "stage 1"),
+        ("--memory all", "combine"),
+        ("--steps many", "--steps"),
+    ],
+)
+def test_bad_input_is_one_line_code_2_and_leaves_nothing(more, told, line, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    more = more.replace("EMPTY", str(tmp_path / "empty.txt")).replace("FILE", str(tmp_path / "empty.txt"))
+    _refused(capsys, ["--stage=1", *line, "--out", str(tmp_path / "run"), *more.split()], told)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(line, tmp_path, capsys):
+    small = tmp_path / "teacher"
+    save_hf(build(dataclasses.replace(MODEL, num_layers=1), rngs=nnx.Rngs(0)), small, source=None)
+    carry(teacher_path(), small)
+    _refused(capsys, ["--stage=1", *line, "--out", str(tmp_path / "run"), "--teacher", str(small)], "64")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_in_a_process_of_its_own(line, tmp_path):
+    """Nothing that is imported adds a line of its own."""
+    argv = [*line, "--out", str(tmp_path / "run"), "--data", str(tmp_path / "absent.txt")]
+    done = subprocess.run([sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_make_the_same_run(first, line, tmp_path):
+    """One device each, through jax.distributed: the losses are those of one process with eight."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = "--xla_force_host_platform_device_count=1"
+    both = os.environ | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": flags}
+    command = [sys.executable, "train.py", "--stage=1", *line, "--out", str(tmp_path / "run")]
+    processes = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=both | {"JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    one, two = (json.loads((out / "stage1" / "result.json").read_text()) for out in (first, tmp_path / "run"))
+    np.testing.assert_allclose(two["after"]["loss"], one["after"]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(two["after"]["layer_mse"], one["after"]["layer_mse"], rtol=1e-4)
+    assert "perplexity" in told[0][0]
+    assert "perplexity" not in told[1][0]
+    model, _ = load_run(tmp_path / "run" / "stage1")
+    alone, _ = load_run(first / "stage1")
+    for name, leaf in _leaves(alone, NewParam).items():
+        np.testing.assert_allclose(_leaves(model, NewParam)[name], leaf, atol=1e-5, err_msg=name)

@@ -1,0 +1,125 @@
+"""The stages' losses: what is compared with what, and what gets a gradient."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lizard_jax.config import LizardConfig, LoraConfig, ModelConfig, RunConfig
+from lizard_jax.data.loader import Batch
+from lizard_jax.lora import add_lora
+from lizard_jax.models import build
+from lizard_jax.nn.params import BaseParam, LoraParam, NewParam
+from lizard_jax.nn.softmax_attention import SoftmaxMixer
+from lizard_jax.train import losses, stages
+
+CONFIG = ModelConfig(
+    architecture="llama", vocab_size=50, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4, kv_heads=2,
+    head_dim=4, max_positions=32, attention=LizardConfig(window=4, chunk=8, softmax_layers=(1,)),
+)  # fmt: skip
+
+
+def make_batch() -> Batch:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 50, (2, 24)).astype(np.int32)
+    segments = np.ones((2, 24), np.int32)
+    segments[0, 10:] = 2
+    segments[1, 20:] = 0
+    mask = (segments > 0).astype(np.float32)
+    return Batch(inputs=tokens, targets=np.roll(tokens, -1, 1), segment_ids=segments, loss_mask=mask)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(CONFIG, rngs=nnx.Rngs(3))
+
+
+def test_stage1_gradients_are_those_of_each_layer_on_the_teachers_path(model):
+    """Against autodiff of all layers' errors at once, with the teacher's path held constant."""
+    batch = make_batch()
+    grads, metrics = jax.jit(lambda m, b: stages.loss_and_grads(RunConfig(stage=1), m, b))(model, batch)
+    graph, new, rest = nnx.split(model, NewParam, ...)
+
+    def errors(new):
+        student = nnx.merge(graph, new, rest)
+        x, out = student.embed(jnp.asarray(batch.inputs)), []
+        for i, block in enumerate(student.layers):
+            normed = block.attention_norm(x)
+            q, k, v = block.attention.qkv(normed)
+            target = SoftmaxMixer(CONFIG, i)(normed, q, k, v, segment_ids=jnp.asarray(batch.segment_ids))
+            heads = block.attention.mixer(normed, q, k, v, segment_ids=jnp.asarray(batch.segment_ids))
+            error = jnp.where(batch.segment_ids != 0, jnp.square(heads - target).mean((-2, -1)), 0.0)
+            out.append(error.sum() / float((batch.segment_ids != 0).sum()))
+            x = jax.lax.stop_gradient(block.after_heads(x, target))
+        return (out[0] + out[2]) / 2.0, jnp.stack(out)
+
+    want, layer_mse = jax.jit(jax.grad(errors, has_aux=True))(new)
+    chex.assert_trees_all_close(metrics["layer_mse"], layer_mse, rtol=1e-5, atol=1e-12)
+    assert float(metrics["layer_mse"][1]) == 0.0
+    for got_leaf, want_leaf in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
+        chex.assert_trees_all_close(got_leaf, want_leaf, rtol=1e-4, atol=1e-7 * float(jnp.abs(want_leaf).max() + 1e-9))
+
+
+def test_the_teacher_inside_is_the_softmax_decoder(model):
+    adapted = nnx.clone(model)
+    add_lora(adapted, LoraConfig(), nnx.Rngs(0))
+    for leaf in jax.tree.leaves(nnx.state(adapted, LoraParam), is_leaf=lambda x: isinstance(x, LoraParam)):
+        assert leaf.dtype == jnp.float32
+    nnx.update(adapted, jax.tree.map(lambda x: x + 1, nnx.state(adapted, LoraParam)))
+    inside = stages.teacher_of(adapted)
+    assert not jax.tree.leaves(nnx.state(inside, nnx.Any(NewParam, LoraParam)))
+    chex.assert_trees_all_equal(nnx.state(inside, BaseParam), nnx.state(model, BaseParam))
+    assert all(isinstance(block.attention.mixer, SoftmaxMixer) for block in inside.layers)
+
+
+def test_cross_entropy_in_slices_is_the_whole(model, monkeypatch):
+    batch = make_batch()
+    hidden = model.hidden(jnp.asarray(batch.inputs))
+
+    def total(hidden):
+        return losses.cross_entropy(model, hidden, jnp.asarray(batch.targets), jnp.asarray(batch.loss_mask))
+
+    whole, grad = jax.jit(jax.value_and_grad(total))(hidden)
+    logits = np.asarray(model.logits(hidden), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = -(np.take_along_axis(log_p, batch.targets[..., None], -1)[..., 0] * batch.loss_mask).sum()
+    np.testing.assert_allclose(whole, want, rtol=1e-5)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 2 * 5 * 50)
+    sliced, sliced_grad = jax.jit(jax.value_and_grad(lambda h: total(h)))(hidden)
+    chex.assert_trees_all_close((sliced, sliced_grad), (whole, grad), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kinds"),
+    [
+        ({"stage": 0}, {BaseParam}),
+        ({"stage": 1}, {NewParam}),
+        ({"stage": 2}, {LoraParam, NewParam}),
+        ({"stage": 2, "train_new": False}, {LoraParam}),
+        ({"stage": 2, "full": True}, {BaseParam, NewParam}),
+    ],
+)
+def test_a_stage_trains_what_it_says(model, settings, kinds):
+    config = RunConfig(**settings)
+    subject = build(CONFIG, rngs=nnx.Rngs(3)) if config.stage else build(
+        ModelConfig(**{**vars(CONFIG), "attention": None}), rngs=nnx.Rngs(3)
+    )  # fmt: skip
+    if config.stage == 2 and not config.full:
+        add_lora(subject, LoraConfig(), nnx.Rngs(0))
+    chosen = nnx.state(subject, stages.trainable(config))
+    found = {type(leaf) for leaf in jax.tree.leaves(chosen, is_leaf=lambda x: isinstance(x, nnx.Variable))}
+    assert found == kinds
+
+
+def test_finish_divides_sums_by_what_was_counted():
+    sums = {
+        "student_nll": jnp.float32(20.0), "teacher_nll": jnp.float32(10.0), "tokens": jnp.float32(10.0),
+        "layer_mse": jnp.asarray([4.0, 8.0]), "positions": jnp.float32(16.0),
+    }  # fmt: skip
+    out = stages.finish(sums)
+    assert out["loss"] == pytest.approx(2.0)
+    assert out["perplexity"] == pytest.approx(np.exp(2.0), rel=1e-6)
+    assert out["teacher_loss"] == pytest.approx(1.0)
+    assert out["layer_mse"] == pytest.approx([0.25, 0.5])
