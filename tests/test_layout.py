@@ -13,15 +13,16 @@ ALLOWED: dict[str, list[str]] = {
     "typing": [],
     "errors": [],
     "config": ["errors", "typing"],
+    "orbax_noise": ["errors"],
     "sharding": BASE,
     "nn": NN,
     "models": MODEL,
     "lora": MODEL,
     "embedded": BASE,
     "data": [*BASE, "embedded"],
-    "convert": [*MODEL, "lora", "embedded"],
+    "convert": [*MODEL, "lora", "embedded", "orbax_noise"],
     "cli": [*BASE, "configs", "embedded"],
-    "train": [*MODEL, "lora", "convert", "data", "embedded", "cli"],
+    "train": [*MODEL, "lora", "convert", "data", "embedded", "cli", "orbax_noise"],
     "load": [*MODEL, "lora", "convert", "train"],
 }
 

@@ -3,15 +3,14 @@
 import json
 import re
 import shutil
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lizard_jax import orbax_noise
 from lizard_jax.errors import UserError, disk_full
 
 CARRIED = (
@@ -97,32 +96,16 @@ def carry(source: Path, target: Path) -> None:
 def disk_errors(target: str | Path) -> Iterator[None]:
     """Tells of a full disk in one line, whichever library met it.
 
-    After one failed write Orbax's other threads fail as well, each with a traceback of its own that says nothing
-    new; those are silenced.
-
     Raises:
         UserError: it was full.
     """
-    usual = sys.unraisablehook, threading.excepthook
-
-    def unraisable(told: Any) -> None:
-        if "loop is closed" not in str(told.exc_value) and not disk_full(told.exc_value):
-            usual[0](told)
-
-    def in_thread(told: Any) -> None:
-        if "loop is closed" not in str(told.exc_value) and not disk_full(told.exc_value):
-            usual[1](told)
-
-    sys.unraisablehook, threading.excepthook = unraisable, in_thread
     try:
-        yield
+        with orbax_noise.failing_quietly():
+            yield
     except (OSError, ValueError, RuntimeError, ExceptionGroup) as error:
         if disk_full(error):
-            time.sleep(0.3)  # for the threads that are still to fail
             raise UserError(f"cannot write {target}: no space left on the disk") from error
         raise
-    finally:
-        sys.unraisablehook, threading.excepthook = usual
 
 
 def refuse_existing(target: str | Path) -> None:

@@ -6,7 +6,6 @@ original that no model reads (rotary buffers) wait in ``extra.safetensors``, so 
 """
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
+from lizard_jax import orbax_noise
 from lizard_jax.config import LoraConfig
 from lizard_jax.convert.files import appearing, carry, disk_errors, locate, read_json, write_json
 from lizard_jax.convert.hf_config import lizard_config, model_config
@@ -31,8 +31,7 @@ PARAMS = "params"
 
 def _checkpointer(arrays: dict[str, Any]) -> ocp.Checkpointer:
     """Orbax with no more than the largest tensor in flight, so that memory stays near one copy of the model."""
-    # Orbax logs a traceback for every error that it raises as well.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    orbax_noise.quiet()
     largest = max(np.dtype(array.dtype).itemsize * int(np.prod(array.shape)) for array in arrays.values())
     limit: Any = 1.1 * largest / 1e9  # Orbax refuses a tensor that fills the limit exactly
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit, restore_concurrent_gb=limit))
@@ -96,7 +95,7 @@ def load_flax(src: str | Path, *, mesh: Mesh | None = None) -> Llama:
         for path, (dtype, shape) in manifest["parameters"].items()
     }
     try:
-        with _checkpointer(shapes) as checkpointer:
+        with orbax_noise.failing_quietly(), _checkpointer(shapes) as checkpointer:
             arrays = checkpointer.restore(
                 (directory / PARAMS).absolute(),
                 args=ocp.args.PyTreeRestore(

@@ -6,10 +6,8 @@ writes each beside its place and renames it, so a checkpoint that exists is whol
 """
 
 import json
-import logging
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -22,7 +20,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lizard_jax import sharding
+from lizard_jax import orbax_noise, sharding
 from lizard_jax.errors import UserError, disk_full
 from lizard_jax.nn.params import LoraParam, NewParam
 
@@ -50,7 +48,7 @@ class Checkpoints:
     """
 
     def __init__(self, stage_dir: Path, keep: int = 2) -> None:
-        _quiet()
+        orbax_noise.quiet()
         self._dir = stage_dir
         self._latest = _manager(stage_dir / "checkpoints", keep)
         self._best = _manager(stage_dir / "best", 1)
@@ -88,7 +86,8 @@ class Checkpoints:
             "params": ocp.args.StandardRestore(_abstract(params, mesh)),
             "optimizer": ocp.args.StandardRestore(_abstract(optimizer, mesh)),
         }
-        got = self._latest.restore(step, args=ocp.args.Composite(**items))
+        with orbax_noise.failing_quietly():
+            got = self._latest.restore(step, args=ocp.args.Composite(**items))
         return fill(params, got["params"]), fill(optimizer, got["optimizer"]), step
 
     def close(self) -> None:
@@ -102,15 +101,14 @@ class Checkpoints:
         # Asked first, because Orbax's other writes go on after one has failed.
         if shutil.disk_usage(manager.directory).free < bytes_needed(items.values()):
             raise full_disk(self._dir, self.latest_step())
-        usual, sys.unraisablehook = sys.unraisablehook, _ignore_closed_loop
         try:
-            manager.save(step, args=ocp.args.Composite(**items))
+            with orbax_noise.failing_quietly():
+                manager.save(step, args=ocp.args.Composite(**items))
         except Exception as error:
             _remove_unfinished(Path(manager.directory))
             if disk_full(error):
                 raise full_disk(self._dir, self.latest_step()) from None
             raise
-        sys.unraisablehook = usual
 
 
 def restore_params(stage_dir: Path, params: Any, which: str = "best") -> tuple[Any, int]:
@@ -125,9 +123,9 @@ def restore_params(stage_dir: Path, params: Any, which: str = "best") -> tuple[A
     if not has_checkpoint(directory):
         raise UserError(f"{stage_dir} holds no {which} checkpoint; train that stage first")
     wanted = named(params)
-    _quiet()
+    orbax_noise.quiet()
     step = max(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
-    with ocp.PyTreeCheckpointer() as reader:
+    with orbax_noise.failing_quietly(), ocp.PyTreeCheckpointer() as reader:
         place = directory.resolve() / str(step) / "params"
         shapes = {name: tuple(leaf.shape) for name, leaf in reader.metadata(place).item_metadata.items()}
         wrong = [name for name, leaf in wanted.items() if shapes.get(name) != tuple(leaf.shape)]
@@ -151,11 +149,6 @@ def has_checkpoint(directory: Path) -> bool:
     return any(entry.name.isdigit() for folder in folders if folder.is_dir() for entry in folder.iterdir())
 
 
-def _quiet() -> None:
-    """Orbax logs every file it opens and the traceback of every failure; failures arrive as exceptions as well."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-
-
 def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
@@ -177,12 +170,6 @@ def bytes_needed(items: Iterable[Any]) -> int:
     """Disk space that saving takes at most: the arrays, and room for Orbax's own files."""
     leaves = jax.tree.leaves([item.item for item in items])
     return sum(leaf.nbytes + 4096 for leaf in leaves if isinstance(leaf, jax.Array)) + (1 << 20)
-
-
-def _ignore_closed_loop(told: Any) -> None:
-    """After a failed save Orbax's unfinished writes find their event loop closed; the failure itself was raised."""
-    if not (isinstance(told.exc_value, RuntimeError) and "loop is closed" in str(told.exc_value)):
-        sys.__unraisablehook__(told)
 
 
 def _remove_unfinished(directory: Path) -> None:

@@ -1,0 +1,37 @@
+"""What Orbax says beside its exceptions, kept from the terminal: an error is told once, by who catches it."""
+
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lizard_jax.errors import disk_full
+
+
+def quiet() -> None:
+    """Orbax logs every file it opens and a traceback for each error that it raises as well."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def failing_quietly() -> Iterator[None]:
+    """Around a read or write by Orbax that may fail.
+
+    When one array fails, those still under way fail too or find their event loop closed, each in a thread of its own
+    and whenever it ends, which may be long after the failure was raised. They say nothing new. So the hooks that
+    ignore them stay after a failure; everything else goes on to the hooks there were.
+    """
+    usual = sys.unraisablehook, threading.excepthook
+    sys.unraisablehook, threading.excepthook = (_without_echoes(hook) for hook in usual)
+    yield
+    sys.unraisablehook, threading.excepthook = usual
+
+
+def _without_echoes(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def tell(told: Any) -> None:
+        if "loop is closed" not in str(told.exc_value) and not disk_full(told.exc_value):
+            hook(told)
+
+    return tell
