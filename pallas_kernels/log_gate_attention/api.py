@@ -1,14 +1,19 @@
 """The only door to gated linear attention: one public op, many implementations, and its one-token step."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from pallas_kernels.log_gate_attention import reference, xla
 from pallas_kernels.log_gate_attention.segments import apply_segments
 from pallas_kernels.log_gate_attention.state import LinearState, empty_state
 from pallas_kernels.log_gate_attention.step import step
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 # Each takes (q, k, v, g, c, state, normalize, chunk) as prepared below and returns (y, n, state).
 IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference.attend, "xla": xla.attend}

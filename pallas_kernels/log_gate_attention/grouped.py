@@ -4,12 +4,16 @@
 a chunk, ``i`` a query's place in it and ``j`` a key's.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
-from jaxtyping import Array, Float
 
 from pallas_kernels.log_gate_attention.state import LinearState
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 class Tokens(NamedTuple):

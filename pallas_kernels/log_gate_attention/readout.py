@@ -1,10 +1,16 @@
 """Weights of what is in memory, and from weighted sums to what a caller reads: output and log normalizer."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.log_gate_attention.state import EMPTY, SMALLEST
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
 
 
 @jax.custom_vjp
@@ -26,7 +32,7 @@ def _divide_bwd(saved, cotangent):
 _divide.defvjp(_divide_fwd, _divide_bwd)
 
 
-def weight(there: Bool[Array, "..."], exponent: Float[Array, "..."]) -> Float[Array, "..."]:
+def weight(there: Bool[Array, "*any"], exponent: Float[Array, "*any"]) -> Float[Array, "*any"]:
     """``e^exponent``, and 0 without a gradient for what is not there."""
     return jnp.where(there, jnp.exp(jnp.where(there, exponent, 0.0)), 0.0)
 

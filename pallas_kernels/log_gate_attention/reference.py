@@ -1,11 +1,17 @@
 """The recurrence, one token at a time: the definition every other implementation is held to."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from pallas_kernels.log_gate_attention.state import LinearState
 from pallas_kernels.log_gate_attention.step import step
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 def attend(

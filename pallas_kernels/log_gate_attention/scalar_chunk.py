@@ -1,17 +1,23 @@
 """One chunk under gates of one value per state head: a score matrix times a matrix of pairwise decays.
 
 Axis letters as in ``grouped``. Per chunk and query head this costs ``C²(F + H) + C·F·H`` multiplications, and per state
-head ``C²`` exponentials and the ``C³`` of a triangular matmul that forms their exponents.
+head ``C²`` exponentials.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from pallas_kernels.log_gate_attention.exponents import exponents
 from pallas_kernels.log_gate_attention.grouped import Tokens
 from pallas_kernels.log_gate_attention.readout import holds, read, unscale
 from pallas_kernels.log_gate_attention.state import ABSENT, EMPTY, LinearState
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,46 +26,43 @@ class Decay:
 
     pair: Float[Array, "B K P C C"]  # e^(g_{j+1} + … + g_i + c_j - m_i), 0 above the diagonal and for absent keys
     carried: Float[Array, "B K P C"]  # e^(m of the carried state + g_0 + … + g_i - m_i)
-    m: Float[Array, "B K P C"]  # the largest log weight in the row's memory
-
-
-def _after(C: int, dtype) -> Float[Array, "C C"]:
-    """1 where the row's place comes after the column's."""
-    return jnp.tril(jnp.ones((C, C), dtype), -1)
+    m: Float[Array, "B K P C"]  # about the largest log weight in the row's memory
+    take: Float[Array, "B K P C"]  # what the next state takes of each key, relative to its own scale
+    keep: Float[Array, "B K P"]  # and what it keeps of the carried one
+    m_next: Float[Array, "B K P"]  # the next state's scale
 
 
 def decay(g: Float[Array, "B C K P"], c: Float[Array, "B C K P"], m: Float[Array, "B K P"]) -> Decay:
-    """Pairwise decays of a chunk that starts from a state of scale ``m``.
+    """Pairwise decays of a chunk that starts from a state of scale ``m``; see ``exponents`` for how."""
+    sums = exponents(jnp.moveaxis(g, 1, -1), jnp.moveaxis(c, 1, -1))
+    place = jnp.arange(g.shape[1])
+    there = (place[:, None] >= place) & (sums.borders[..., :, None] == sums.borders[..., None, :])
+    there &= sums.hi[..., None, :] > ABSENT
+    old = (sums.borders == 0) & (m > ABSENT)[..., None]
 
-    Every exponent is a sum over its own stretch of gates, never a difference of two longer sums: next to a hard forget
-    such a difference would lose the gates near 1.
-    """
-    g, c = jnp.moveaxis(g, 1, -1), jnp.moveaxis(c, 1, -1)
-    C = g.shape[-1]
-    place = jnp.arange(C)
-    past = jnp.where(place[:, None] >= place, g[..., None, :], 0.0)
-    between = jnp.einsum("bkpit,tj->bkpij", past, _after(C, g.dtype), precision="highest")
-    since = jnp.sum(past, -1)
+    # Of the scales M and m, any value near the largest will do; what matters is that both sides use the same one.
+    M = jnp.maximum(jnp.max(jnp.where(there, sums.hi[..., None, :], EMPTY), -1), jnp.where(old, m[..., None], EMPTY))
+    pair = jnp.exp(jnp.where(there, (sums.hi[..., None, :] - M[..., None]) + sums.lo[..., None, :], -jnp.inf))
+    carried = jnp.exp(jnp.where(old, m[..., None] - M, -jnp.inf))
+    held = M > ABSENT
+    row = jnp.where(held, (M + sums.coarse) + sums.rest, EMPTY)
 
-    there = (place[:, None] >= place) & (between + c[..., None, :] > ABSENT)
-    old = m[..., None] + since
-    highest = jnp.maximum(jnp.max(jnp.where(there, between + c[..., None, :], EMPTY), -1), old)
-    highest = jnp.where(highest > ABSENT, highest, EMPTY)
-
-    # The two scales are subtracted first: their difference is exact where it matters.
-    pair = jnp.exp(jnp.where(there, between + (c[..., None, :] - highest[..., :, None]), -jnp.inf))
-    carried = jnp.exp(jnp.where(old > ABSENT, since + (m[..., None] - highest), -jnp.inf))
-    return Decay(pair, carried, highest)
+    # The next scale is rounded; what rounding took from it goes into the weights.
+    last, past = M[..., -1], sums.coarse[..., -1]
+    total = last + past
+    lost = (last - (total - (total - last))) + (past - (total - last))
+    factor = jnp.exp(jnp.where(held[..., -1], lost + sums.rest[..., -1], 0.0))
+    m_next = jnp.where(held[..., -1], total, EMPTY)
+    return Decay(pair, carried, row, pair[..., -1, :] * factor[..., None], carried[..., -1] * factor, m_next)
 
 
 def _advance(state: LinearState, k, v, decays: Decay, precision) -> LinearState:
-    """The state after the chunk: its last row's decays are also what the state keeps and takes."""
-    take, keep = jnp.moveaxis(decays.pair[..., -1, :], -1, 1), decays.carried[..., -1]
-    key = k * take[..., None]
+    """The state after the chunk."""
+    key = k * jnp.moveaxis(decays.take, -1, 1)[..., None]
     return LinearState(
-        keep[..., None, None] * state.kv + jnp.einsum("bjkpf,bjkh->bkpfh", key, v, precision=precision),
-        keep[..., None] * state.z + jnp.sum(key, 1),
-        decays.m[..., -1],
+        decays.keep[..., None, None] * state.kv + jnp.einsum("bjkpf,bjkh->bkpfh", key, v, precision=precision),
+        decays.keep[..., None] * state.z + jnp.sum(key, 1),
+        decays.m_next,
     )
 
 
@@ -122,8 +125,7 @@ def backward(
     on_state = carried[..., None] * (a[..., None] * on_state + b[..., None] * state.z[..., None, None, :])
     a_dy, b_rows = (carried * a)[..., None] * dy, carried * b
 
-    # The chunk's last row of decays also filled the state.
-    take, keep = jnp.moveaxis(decays.pair[..., -1, :], -1, 1)[..., None], decays.carried[..., -1]
+    take, keep = jnp.moveaxis(decays.take, -1, 1)[..., None], decays.keep
     filled = jnp.einsum("bjkh,bkpfh->bjkpf", v, dkv, precision=precision) + dz[:, None]
     dq = jnp.einsum("bkpirj,bjkpf->bikprf", dscores, k, precision=precision) + jnp.moveaxis(on_state, 3, 1)
     dk = jnp.einsum("bkpirj,bikprf->bjkpf", dscores, q, precision=precision) + take * filled
@@ -142,6 +144,11 @@ def backward(
     since += jnp.where(last, kept[..., None], 0.0)
     dg, dc = _gate_cotangent(exponent, since), jnp.sum(exponent, -2)
     return dq, dk, dv, jnp.moveaxis(dg, -1, 1), jnp.moveaxis(dc, -1, 1), dkv_before, dz_before
+
+
+def _after(C: int, dtype) -> Float[Array, "C C"]:
+    """1 where the row's place comes after the column's."""
+    return jnp.tril(jnp.ones((C, C), dtype), -1)
 
 
 def _gate_cotangent(exponent: Float[Array, "B K P C C"], since: Float[Array, "B K P C"]) -> Float[Array, "B K P C"]:

@@ -1,10 +1,16 @@
 """Packed documents said in gates: a border is a gate that forgets everything, padding is a key that is not there."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.log_gate_attention.state import EMPTY
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
 
 
 def borders(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:

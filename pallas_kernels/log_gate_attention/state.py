@@ -1,10 +1,15 @@
 """The fixed-size memory of gated linear attention, and the numbers that mark what is not in it."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 EMPTY = -1e30  # log weight of what is not there; also the log normalizer of an empty memory
 ABSENT = -1e29  # a log weight at or below this is not there
@@ -19,8 +24,8 @@ class LinearState:
     ``kv = Σ_j e^(l_j - m) k_j v_jᵀ`` and ``z = Σ_j e^(l_j - m) k_j``, where ``l_j`` is the key's log scale plus the
     gates since. ``m`` follows the largest ``l_j``, so nothing overflows; under gates of one value per feature each
     feature has its own. It is a scale, not a quantity of its own: adding a constant to ``m`` and multiplying ``kv`` and
-    ``z`` by ``e^-constant`` is the same memory. Operations that return a state therefore treat its ``m`` as a constant,
-    and take a true gradient in the ``m`` they are given.
+    ``z`` by ``e^-constant`` is the same memory. So ``m`` is a constant to autodiff, in a state given and in one
+    returned; gradients travel by ``kv`` and ``z``.
     """
 
     kv: Float[Array, "B S F H"]

@@ -1,11 +1,17 @@
 """One token of gated linear attention: the recurrence itself."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from pallas_kernels.log_gate_attention.readout import read, weight
 from pallas_kernels.log_gate_attention.state import ABSENT, EMPTY, LinearState
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 def step(

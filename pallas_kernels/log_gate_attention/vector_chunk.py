@@ -9,36 +9,74 @@ Axis letters as in ``grouped``. Every feature of the state has a scale ``m`` of 
 another is kept.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from pallas_kernels.log_gate_attention.exponents import Exponents, exponents, split
 from pallas_kernels.log_gate_attention.grouped import Tokens
 from pallas_kernels.log_gate_attention.readout import read, weight
 from pallas_kernels.log_gate_attention.state import ABSENT, EMPTY, LinearState
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 PIECE = 16
+
+
+@jax.custom_vjp
+def _pairs(g, c, scale):
+    """``g_{j+1,f} + … + g_{i,f} + c_j - scale_if``, ``[B, C, C, K, P, F]``, by differences that do not round.
+
+    Their gradient is a masked sum over pairs: each gate takes part in those it lies between.
+    """
+    sums = _exponents(g, c)
+    coarse = (sums.hi[:, None] + sums.coarse[:, :, None]) - scale[:, :, None]
+    return coarse + (sums.lo[:, None] + sums.rest[:, :, None])
+
+
+def _pairs_fwd(g, c, scale):
+    return _pairs(g, c, scale), scale
+
+
+def _pairs_bwd(scale, cotangent):
+    C = cotangent.shape[1]
+    place = jnp.arange(C)
+    before = (place[:, None] > place).astype(cotangent.dtype)
+    across = jnp.einsum("bijkpf,tj->bitkpf", cotangent, before, precision="highest")
+    inside = (place[:, None] >= place)[..., None, None, None]
+    return jnp.sum(jnp.where(inside, across, 0.0), 1), jnp.sum(cotangent, (1, -1)), jnp.zeros_like(scale)
+
+
+_pairs.defvjp(_pairs_fwd, _pairs_bwd)
+
+
+def _exponents(g: Float[Array, "B C K P F"], c: Float[Array, "B C K P"]) -> Exponents:
+    sums = exponents(jnp.moveaxis(g, 1, -1), jnp.moveaxis(c, 1, -1)[..., None, :])
+    return Exponents(*(jnp.moveaxis(x, -1, 1) for x in sums))
 
 
 def _piece(tokens: Tokens, state: LinearState, normalize: bool, precision):
     q, k, v, g, c = tokens
     C = g.shape[1]
     place = jnp.arange(C)
-    triangle = jnp.tril(jnp.ones((C, C), g.dtype))
-    steps = jnp.where((place[:, None] > place)[..., None, None, None], g[:, :, None], 0.0)
-    between = jnp.einsum("it,btjkpf->bijkpf", triangle, steps, precision="highest")
-    since = jnp.einsum("it,btkpf->bikpf", triangle, g, precision="highest")
+    sums = jax.lax.stop_gradient(_exponents(g, c))
+    there = (place[:, None] >= place)[..., None, None, None] & (sums.borders[:, :, None] == sums.borders[:, None])
+    there &= sums.hi[:, None] > ABSENT
+    old = (sums.borders == 0) & (state.m > ABSENT)[:, None]
 
-    scale = c[..., None]
-    there = (place[:, None] >= place)[..., None, None, None] & (between + scale[:, None] > ABSENT)
-    old = state.m[:, None] + since
-    highest = jnp.maximum(jnp.max(jnp.where(there, between + scale[:, None], EMPTY), 2), old)
-    highest = jax.lax.stop_gradient(jnp.where(highest > ABSENT, highest, EMPTY))
+    own, own_rest = split(state.m)
+    highest = jnp.max(jnp.where(there, sums.hi[:, None] + sums.coarse[:, :, None], EMPTY), 2)
+    highest = jnp.maximum(highest, jnp.where(old, own[:, None] + sums.coarse, EMPTY))
     m = jnp.max(highest, -1)
 
-    row = m[..., None]
-    pair = weight(there, between + (scale[:, None] - row[:, :, None]))
-    carried = weight(old > ABSENT, since + (state.m[:, None] - row))
+    row = jnp.broadcast_to(m[..., None], highest.shape)
+    pair = weight(there, _pairs(g, c, row))
+    rest = _since(g) + own_rest[:, None]
+    carried = weight(old, ((own[:, None] + sums.coarse) - row) + rest)
 
     scores = jnp.einsum("bikprf,bijkpf->bikprj", q, pair * k[:, None], precision=precision)
     decayed = q * carried[..., None, :]
@@ -48,11 +86,16 @@ def _piece(tokens: Tokens, state: LinearState, normalize: bool, precision):
     y, n = read(num, den, jnp.broadcast_to(m[..., None], den.shape), normalize)
 
     # The state is left at each feature's own scale.
-    own = highest[:, -1]
-    keys = weight(there[:, -1], between[:, -1] + (scale - own[:, None])) * k
-    keep = weight(old[:, -1] > ABSENT, since[:, -1] + (state.m - own))
+    last = highest[:, -1]
+    keys = weight(there[:, -1], _pairs(g, c, highest)[:, -1]) * k
+    keep = weight(old[:, -1], ((own + sums.coarse[:, -1]) - last) + rest[:, -1])
     kv = keep[..., None] * state.kv + jnp.einsum("bjkpf,bjkh->bkpfh", keys, v, precision=precision)
-    return y, n, LinearState(kv, keep * state.z + jnp.sum(keys, 1), own)
+    return y, n, LinearState(kv, keep * state.z + jnp.sum(keys, 1), last)
+
+
+def _since(g: Float[Array, "B C K P F"]) -> Float[Array, "B C K P F"]:
+    """Running sums of the gates' rests, which carry the gates' whole gradient."""
+    return jnp.cumsum(split(jnp.where(g <= ABSENT, 0.0, g))[1], 1)
 
 
 def forward(
@@ -83,7 +126,7 @@ def backward(
 ):
     """Cotangents of ``(q, k, v, g, c, kv, z)`` by autodiff of ``forward``.
 
-    The exponents are masked sums there, so their transposes are masked sums too.
+    The gradients of the exponents are masked sums there, as ``_pairs`` says.
     """
 
     def run(tokens, kv, z):

@@ -4,18 +4,22 @@ Linear in T in time and memory. The backward pass keeps the inputs and the state
 computes everything else again.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
 
 from pallas_kernels.log_gate_attention import scalar_chunk, vector_chunk
 from pallas_kernels.log_gate_attention.grouped import group, group_state, ungroup_state
 from pallas_kernels.log_gate_attention.state import LinearState
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 def _over_chunks(body: Callable, carry: Any, T: int, chunk: int, reverse: bool = False) -> Any:
@@ -109,10 +113,7 @@ def _attend_bwd(normalize, chunk, saved, cotangents):
 
     grads = tuple(jnp.zeros(x.shape, x.dtype) for x in (q, k, v, g, c))
     grads, dkv, dz = _over_chunks(body, (grads, dstate.kv, dstate.z), T, chunk, reverse=True)
-    # The scale of the initial state is the one scale that stands for a quantity: kv·e^m and z·e^m are the memory.
-    dm = jnp.sum(starts.kv[0] * dkv, -1) + starts.z[0] * dz
-    dm = dm if g.ndim == 4 else jnp.sum(dm, -1)
-    return *grads, ungroup_state(LinearState(dkv, dz, dm))
+    return *grads, ungroup_state(LinearState(dkv, dz, jnp.zeros_like(dstate.m)))
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)
