@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,7 +19,7 @@ def capability(chip: str | None) -> int | None:
 
 
 def launch(
-    kernel: Callable,
+    kernel: Any,
     *arrays: Array,
     out_shape: Any,
     grid: tuple[int, int, int],
