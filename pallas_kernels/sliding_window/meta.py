@@ -1,0 +1,90 @@
+"""Meta tokens: a second, tiny attention over M keys outside the band, merged with the window by log-normalizers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.sliding_window.problem import ABSENT, accumulator
+from pallas_kernels.sliding_window.rope import rotate, tables
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Float, Int
+
+
+def merge(
+    parts: list[tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]], dtype: jnp.dtype
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Softmaxes over disjoint keys, each as (output, log-normalizer), as the one softmax over all of their keys."""
+    wide = parts[0][1].dtype
+    n = jnp.stack([n for _, n in parts])
+    top = lax.stop_gradient(jnp.max(n, axis=0))
+    weights = jnp.exp(n - top)
+    total = jnp.sum(weights, axis=0)
+    y = sum(w[..., None] * y.astype(wide) for w, (y, _) in zip(weights / total, parts, strict=True))
+    return jnp.asarray(y).astype(dtype), top + jnp.log(total)
+
+
+def _attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B P M K H"],
+    v: Float[Array, "B P M K H"],
+    met: Bool[Array, "B T M"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Dense softmax over the meta tokens that each query meets, unrounded; P is 1 or T."""
+    (B, T, N, H), (P, M, K) = q.shape, k.shape[1:4]
+    wide = accumulator(q.dtype)
+    precision = lax.Precision.DEFAULT if q.dtype.itemsize < 4 else lax.Precision.HIGHEST
+    grouped = q.reshape(B, P, T // P, K, N // K, H)
+    s = jnp.einsum("bptkgh,bpmkh->bptkgm", grouped, k, precision=precision, preferred_element_type=wide)
+    s = s.reshape(B, T, N, M) * jnp.asarray(H**-0.5, wide)
+    seen = met[:, :, None]
+    top = lax.stop_gradient(jnp.max(jnp.where(seen, s, ABSENT), axis=-1))
+    weights = jnp.where(seen, jnp.exp(jnp.where(seen, s - top[..., None], 0.0)), 0.0)
+    total = jnp.sum(weights, axis=-1)
+    there = total > 0
+    total = jnp.where(there, total, 1.0)
+    weights = (weights / total[..., None]).reshape(B, P, T // P, K, N // K, M)
+    y = jnp.einsum(
+        "bptkgm,bpmkh->bptkgh", weights.astype(q.dtype), v.astype(q.dtype), precision=precision,
+        preferred_element_type=wide,
+    )  # fmt: skip
+    return y.reshape(B, T, N, H), jnp.where(there, jnp.log(total) + top, ABSENT)
+
+
+def learned(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "M K H"],
+    v: Float[Array, "M K H"],
+    q_segments: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attention to M trained pairs, which every query that is not padding meets without rotation."""
+    shape = (q.shape[0], 1, *k.shape)
+    met = jnp.broadcast_to((q_segments != 0)[..., None], (*q_segments.shape, k.shape[0]))
+    return _attend(q, jnp.broadcast_to(k, shape).astype(q.dtype), jnp.broadcast_to(v, shape), met)
+
+
+def prefix(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B P M K H"],
+    v: Float[Array, "B P M K H"],
+    q_segments: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    frequencies: Float[Array, " H/2"] | None,
+    window: int,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attention to the first M tokens of each query's document that have left its window (there they count already).
+
+    Prefix token t sits at position t and its query at ``min(position, W + M - 1)``: distances beyond are not told
+    apart, and angles stay small.
+    """
+    tokens = k.shape[2]
+    if frequencies is not None:
+        frequencies = frequencies.astype(accumulator(q.dtype))
+        q = rotate(q, *tables(frequencies, jnp.minimum(positions, window + tokens - 1)))
+        k = rotate(k, *tables(frequencies, jnp.arange(tokens)))
+    met = (jnp.arange(tokens) <= positions[..., None] - window) & (q_segments != 0)[..., None]
+    return _attend(q, k, v, met)

@@ -1,0 +1,84 @@
+"""The window in plain XLA: blocks of queries against their keys and the window before them, never T × T."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.sliding_window.problem import ABSENT, Implementation, accumulator
+from pallas_kernels.sliding_window.rope import rotate, tables
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Float, Int
+
+SMALLEST_BLOCK = 64
+"""Queries handled together; below this the matmuls are too thin to be worth their launch."""
+
+
+def _blocks(x: Array, block: int, count: int) -> Array:
+    """``[B, count·block, …]`` as ``[B, count, block, …]``, after padding with zeros."""
+    pad = [(0, 0), (0, count * block - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, pad).reshape(x.shape[0], count, block, *x.shape[2:])
+
+
+def _neighbourhoods(x: Array, window: int, block: int, count: int) -> Array:
+    """``[B, W+T, …]`` as ``[B, count, W + block, …]``: each block of queries' keys and the window before them."""
+    if count == 1:
+        return _blocks(x, window + block, 1)
+    before = _blocks(x[:, : count * block], block, count)[:, :, :window]
+    return jnp.concatenate([before, _blocks(x[:, window:], block, count)], axis=2)
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B WT K H"],
+    v: Float[Array, "B WT K H"],
+    q_segments: Int[Array, "B T"],
+    k_segments: Int[Array, "B WT"],
+    sink: Float[Array, " N"],
+    frequencies: Float[Array, " H/2"] | None,
+    window: int,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """As ``problem.Implementation.attend`` says; the gradient is autodiff's."""
+    (B, T, N, H), K = q.shape, k.shape[2]
+    wide = accumulator(q.dtype)
+    # Half-precision operands are exact in one pass of a matrix unit; fp32 ones need all of its passes.
+    precision = lax.Precision.DEFAULT if q.dtype.itemsize < 4 else lax.Precision.HIGHEST
+    block = min(T, max(window, SMALLEST_BLOCK))
+    count = -(-T // block)
+    q, q_segments = (_blocks(x, block, count) for x in (q, q_segments))
+    k, v, k_segments = (_neighbourhoods(x, window, block, count) for x in (k, v, k_segments))
+    if frequencies is not None:
+        cos, sin = tables(frequencies.astype(wide), jnp.arange(window + block))
+        q, k = rotate(q, cos[window:], sin[window:]), rotate(k, cos, sin)
+
+    row, column = jnp.arange(block)[:, None], jnp.arange(window + block)[None, :]
+    band = (column > row) & (column <= row + window)
+    same = (q_segments[..., :, None] == k_segments[..., None, :]) & (q_segments[..., :, None] != 0)
+    met = (band & same)[:, :, None, None]
+    grouped = q.reshape(B, count, block, K, N // K, H)
+    s = jnp.einsum("bcqkgh,bcjkh->bckgqj", grouped, k, precision=precision, preferred_element_type=wide)
+    s = s * jnp.asarray(H**-0.5, wide)
+    sinks = jnp.where((q_segments != 0)[:, :, None, None], sink.astype(wide).reshape(K, N // K, 1), ABSENT)
+    top = lax.stop_gradient(jnp.maximum(jnp.max(jnp.where(met, s, ABSENT), axis=-1), sinks))
+
+    # Masked before exp: a masked score may be far above the row's maximum.
+    weights = jnp.where(met, jnp.exp(jnp.where(met, s - top[..., None], 0.0)), 0.0)
+    sunk = sinks > 0.1 * ABSENT
+    total = jnp.sum(weights, axis=-1) + jnp.where(sunk, jnp.exp(jnp.where(sunk, sinks - top, 0.0)), 0.0)
+    there = total > 0
+    total = jnp.where(there, total, 1.0)
+    n = jnp.where(there, jnp.log(total) + top, ABSENT)
+    y = jnp.einsum(
+        "bckgqj,bcjkh->bcqkgh", weights.astype(v.dtype), v, precision=precision, preferred_element_type=wide
+    )  # fmt: skip
+    y = y / jnp.moveaxis(total, 4, 2)[..., None]
+    y = y.reshape(B, count * block, N, H)[:, :T]
+    n = jnp.moveaxis(n, 4, 2).reshape(B, count * block, N)[:, :T]
+    return y.astype(v.dtype), n
+
+
+IMPLEMENTATION = Implementation(attend, lambda problem, target: None)
