@@ -1,0 +1,139 @@
+"""Gated linear attention on TPUs: Mosaic kernels, forward and backward, with the feature map inside where asked for."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import target as targets
+from pallas_kernels.log_gate_attention.pallas_tpu import backward as backward_pass
+from pallas_kernels.log_gate_attention.pallas_tpu import forward as forward_pass
+from pallas_kernels.log_gate_attention.pallas_tpu.layout import (
+    LANES,
+    Plan,
+    choose_chunk,
+    from_rows,
+    gate_rows,
+    narrow,
+    round_up,
+    widen,
+)
+from pallas_kernels.log_gate_attention.problem import Implementation
+from pallas_kernels.log_gate_attention.state import LinearState
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+    from pallas_kernels.log_gate_attention.problem import Act, Problem
+    from pallas_kernels.target import Target
+
+
+def _cast_maps(plan: Plan, arrays: dict[str, Array]) -> dict[str, Array]:
+    return {name: x.astype(plan.dtype) if name.endswith("_map") else x for name, x in arrays.items()}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(plan: Plan, arrays: dict[str, Array]) -> dict[str, Array]:
+    """Inputs and outputs in the kernels' layout, by name; maps are fp32, and so are their cotangents."""
+    return forward_pass.forward(plan, _cast_maps(plan, arrays))
+
+
+def _run_fwd(plan: Plan, arrays: dict[str, Array]):
+    return _run(plan, arrays), arrays
+
+
+def _run_bwd(plan: Plan, arrays: dict[str, Array], cotangents: dict[str, Array]):
+    inputs = _cast_maps(plan, arrays)
+    starts = forward_pass.states(plan, inputs)
+    cotangents = {f"d{name}": x for name, x in cotangents.items() if name != "m"}
+    grads = backward_pass.backward(plan, inputs, starts, cotangents)
+    grads |= {name: jnp.sum(x, 0) for name, x in grads.items() if name.endswith("_map")}
+    return (grads | {"m": jnp.zeros_like(arrays["m"])},)
+
+
+_run.defvjp(_run_fwd, _run_bwd)
+
+
+def _attend(q, k, v, g, c, state: LinearState, maps: dict[str, Array], features: int, **kind):
+    (B, T, N, width), (S, K, H) = q.shape, (g.shape[2], *v.shape[2:])
+    F, H_wide, X = round_up(features, LANES), round_up(H, LANES), round_up(width, LANES)
+    hint = kind.pop("chunk")
+    bytes_per_token = N // S * (2 * X + H_wide) * q.dtype.itemsize
+    plan = Plan(
+        B=B, T=T, N=N, S=S, K=K, F=F, H=H_wide, X=X, C=choose_chunk(hint, T, bytes_per_token), features=features,
+        dtype=q.dtype, interpret=targets.current().interpret, **kind,
+    )  # fmt: skip
+    g, c = gate_rows(plan, g, c)
+    arrays = {
+        "q": widen(q, X), "k": widen(k, X), "v": widen(v, H_wide), "g": g, "c": c,
+        "kv": jnp.pad(state.kv, ((0, 0), (0, 0), (0, F - features), (0, H_wide - H))),
+        "z": jnp.pad(state.z, ((0, 0), (0, 0), (0, F - features)))[:, :, None],
+        "m": state.m[..., None, None],
+        **maps,
+    }  # fmt: skip
+    out = _run(plan, arrays)
+    final = LinearState(out["kv"][:, :, :features, :H], out["z"][:, :, 0, :features], out["m"][:, :, 0, 0])
+    return narrow(out["y"], N, H), from_rows(out["n"], T), final
+
+
+def attend(
+    q: Float[Array, "B T N F"],
+    k: Float[Array, "B T S F"],
+    v: Float[Array, "B T K H"],
+    g: Float[Array, "B T S"],
+    c: Float[Array, "B T S"],
+    state: LinearState,
+    normalize: bool,
+    chunk: int,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"], LinearState]:
+    """One pass over the sequence; its gradient takes two, the first for the states before each chunk.
+
+    ``chunk`` is rounded up to a multiple of 16, at most 128. Widths are filled to multiples of 128 with zeros, which
+    costs nothing where they are.
+    """
+    return _attend(q, k, v, g, c, state, {}, q.shape[3], normalize=normalize, act=None, chunk=chunk)
+
+
+def attend_mapped(
+    q: Float[Array, "B T N X"],
+    k: Float[Array, "B T K X"],
+    v: Float[Array, "B T K H"],
+    g: Float[Array, "B T S"],
+    c: Float[Array, "B T S"],
+    state: LinearState,
+    q_map: Float[Array, "N X half"],
+    k_map: Float[Array, "S X half"],
+    act: Act,
+    chunk: int,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"], LinearState]:
+    """The same from raw queries and keys: features live in VMEM alone, forward and backward."""
+    features = 2 * q_map.shape[2]
+    F, X = round_up(features, LANES), round_up(q.shape[3], LANES)
+
+    def both_halves(weights: Array) -> Array:
+        weights = weights.astype(jnp.float32)
+        weights = jnp.concatenate([weights, -weights], -1)
+        return jnp.pad(weights, ((0, 0), (0, X - weights.shape[1]), (0, F - features)))
+
+    maps = {"q_map": both_halves(q_map), "k_map": both_halves(k_map)}
+    return _attend(q, k, v, g, c, state, maps, features, normalize=True, act=act, chunk=chunk)
+
+
+def cannot_run(problem: Problem, target: Target) -> str | None:
+    """Why not, in one line; None where it can."""
+    if problem.vector_gates:
+        return "pallas_tpu has one gate a head; gates of one value per feature need xla"
+    if problem.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"pallas_tpu computes in bfloat16 or float32, not {jnp.dtype(problem.dtype).name}"
+    for name, size in (("F", problem.F), ("H", problem.H), ("the width of raw queries", problem.width)):
+        if size is not None and size % 16:
+            return f"{name} is {size}; pallas_tpu needs multiples of 16"
+    if target.platform != "tpu":
+        return f"pallas_tpu runs on TPUs; this process has {target.platform}"
+    return None
+
+
+IMPLEMENTATION = Implementation(attend, attend_mapped, cannot_run)

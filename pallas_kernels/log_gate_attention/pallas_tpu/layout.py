@@ -1,0 +1,195 @@
+"""How the op's arrays lie in memory and are cut into blocks: one grid step is one chunk of one state head.
+
+The grid is ``(B, K, chunks, P)``. Chunks follow one another, for each starts from the state that the last one left in
+VMEM; the ``P = S/K`` state heads of a key/value head take turns inside a chunk, so that its values are fetched once.
+Token arrays are seen as ``[B, T, heads·width]``: a block is ``C`` tokens of the heads that share a state. Gates, key
+scales and log normalizers are rows, ``[B, heads, chunks, 1, C]``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.log_gate_attention.state import EMPTY
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+    from pallas_kernels.log_gate_attention.problem import Act
+
+LANES = 128
+LARGEST_CHUNK = 128
+# A step's blocks, two of each, and what is computed from them share a core's VMEM: 64 MiB and more on every chip that
+# has it to spare, of which XLA wants a part.
+VMEM_LIMIT = 48 * 2**20
+
+
+def round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The sizes of a call; axis letters as in ``log_gate_attention``.
+
+    Attributes:
+        F: width of the features in memory, a multiple of 128; the rest of ``features`` are zeros.
+        H: width of the values in memory, a multiple of 128.
+        X: width of queries and keys in memory, a multiple of 128: ``F``, or that of raw ones where ``act`` is given.
+        C: tokens of a chunk.
+        act: the feature map to compute inside.
+    """
+
+    B: int
+    T: int
+    N: int
+    S: int
+    K: int
+    F: int
+    H: int
+    X: int
+    C: int
+    features: int
+    dtype: jnp.dtype
+    normalize: bool
+    act: Act | None
+    interpret: bool
+
+    @property
+    def P(self) -> int:
+        """State heads of a key/value head."""
+        return self.S // self.K
+
+    @property
+    def R(self) -> int:
+        """Query heads of a state head."""
+        return self.N // self.S
+
+    @property
+    def G(self) -> int:
+        """Query heads of a key/value head."""
+        return self.N // self.K
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.T // self.C)
+
+    def shape(self, *shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def choose_chunk(hint: int, T: int, bytes_per_token: int) -> int:
+    """Tokens of a chunk: 128 if the sequence is as long, the hint is as high and VMEM has the room."""
+    C = min(LARGEST_CHUNK, round_up(T, 16), round_up(hint, 16))
+    while C > 16 and 2 * C * bytes_per_token > VMEM_LIMIT // 2:
+        C = round_up(C // 2, 16)
+    return C
+
+
+def widen(x: Float[Array, "B T heads width"], width: int) -> Float[Array, "B T lanes"]:
+    """Heads side by side, each filled with zeros to ``width``."""
+    B, T, heads, given = x.shape
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - given))).reshape(B, T, heads * width)
+
+
+def narrow(x: Float[Array, "B T lanes"], heads: int, width: int) -> Float[Array, "B T heads width"]:
+    """What ``widen`` was given."""
+    return x.reshape(*x.shape[:2], heads, -1)[..., :width]
+
+
+def to_rows(x: Float[Array, "B T heads"], chunk: int, fill: float) -> Float[Array, "B heads chunks 1 C"]:
+    """One row of ``chunk`` numbers for each head and chunk; ``fill`` goes behind the last token."""
+    B, T, heads = x.shape
+    x = jnp.pad(jnp.moveaxis(x, 1, 2), ((0, 0), (0, 0), (0, -T % chunk)), constant_values=fill)
+    return x.reshape(B, heads, -1, 1, chunk)
+
+
+def from_rows(x: Float[Array, "B heads chunks 1 C"], T: int) -> Float[Array, "B T heads"]:
+    """What ``to_rows`` was given."""
+    return jnp.moveaxis(x.reshape(*x.shape[:2], -1), 1, 2)[:, :T]
+
+
+def gate_rows(plan: Plan, g: Float[Array, "B T S"], c: Float[Array, "B T S"]):
+    """Rows of gates and key scales; behind the last token nothing is forgotten and no key is there."""
+    return to_rows(g, plan.C, 0.0), to_rows(c, plan.C, EMPTY)
+
+
+class Blocks:
+    """What a grid step ``(batch, key/value head, chunk, state head within it)`` reads or writes of each kind of array.
+
+    ``reverse`` goes from the last chunk to the first.
+    """
+
+    def __init__(self, plan: Plan, reverse: bool = False) -> None:
+        self._plan = plan
+        self._reverse = reverse
+
+    def _spec(self, shape: tuple[int, ...], index: Callable) -> pl.BlockSpec:
+        last, P = self._plan.chunks - 1, self._plan.P
+
+        def place(b, k, i, p):
+            return index(b, k, last - i if self._reverse else i, k * P + p)
+
+        return pl.BlockSpec(shape, place)
+
+    def of_state_head(self, width: int) -> pl.BlockSpec:
+        """The chunk's tokens, of ``[B, T, S·width]``."""
+        return self._spec((1, self._plan.C, width), lambda b, k, i, s: (b, i, s))
+
+    def of_kv_head(self, width: int) -> pl.BlockSpec:
+        """The chunk's tokens, of ``[B, T, K·width]``."""
+        return self._spec((1, self._plan.C, width), lambda b, k, i, s: (b, i, k))
+
+    def row(self, heads: int) -> pl.BlockSpec:
+        """The chunk's rows, of ``[B, S·heads, chunks, 1, C]``."""
+        return self._spec((1, heads, 1, 1, self._plan.C), lambda b, k, i, s: (b, s, i, 0, 0))
+
+    def each_chunk(self, *shape: int) -> pl.BlockSpec:
+        """What a state head has for each chunk, of ``[B, S, chunks, *shape]``."""
+        return self._spec((1, 1, 1, *shape), lambda b, k, i, s: (b, s, i, 0, 0))
+
+    def at_start(self, *shape: int) -> pl.BlockSpec:
+        """What a state head has once, of ``[B, S, *shape]``, held while the first chunk is computed.
+
+        The block stays where it was afterwards, so that it is not fetched again.
+        """
+        P = self._plan.P
+        return pl.BlockSpec((1, 1, *shape), lambda b, k, i, p: (b, k * P + jnp.where(i == 0, p, P - 1), 0, 0))
+
+    def at_end(self, *shape: int) -> pl.BlockSpec:
+        """The same, held while the last chunk is computed, and before that where the first head's will be written."""
+        P, last = self._plan.P, self._plan.chunks - 1
+        return pl.BlockSpec((1, 1, *shape), lambda b, k, i, p: (b, k * P + jnp.where(i == last, p, 0), 0, 0))
+
+    def maps(self, heads: int) -> pl.BlockSpec:
+        """The feature maps of a key/value head, of ``[K·heads, X, F]``, held for all chunks."""
+        return pl.BlockSpec((heads, self._plan.X, self._plan.F), lambda b, k, i, p: (k, 0, 0))
+
+    def map_gradients(self, heads: int) -> pl.BlockSpec:
+        """The same of ``[B, K·heads, X, F]``."""
+        return pl.BlockSpec((1, heads, self._plan.X, self._plan.F), lambda b, k, i, p: (b, k, 0, 0))
+
+
+def call(plan: Plan, kernel: Callable, inputs: dict, in_specs: dict, outputs: dict, out_specs: dict, scratch: dict):
+    """Run ``kernel(inputs, outputs, scratch)``, each a dict of refs, over the grid; a dict of what it wrote."""
+    (written,) = pl.pallas_call(
+        kernel,
+        grid=(plan.B, plan.K, plan.chunks, plan.P),
+        in_specs=({name: in_specs[name] for name in inputs},),
+        out_specs=(out_specs,),
+        out_shape=(outputs,),
+        scratch_shapes=[{name: pltpu.VMEM(shape, jnp.float32) for name, shape in scratch.items()}],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        interpret=plan.interpret,
+        name=getattr(kernel, "func", kernel).__name__,
+    )(inputs)
+    return written
