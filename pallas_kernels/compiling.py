@@ -6,6 +6,7 @@ one this process runs on. The ``test`` extra brings all of it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -70,14 +71,18 @@ class Kernel:
     Attributes:
         memory: on-chip bytes. GPU: shared memory of a block, static and dynamic. TPU: the scoped VMEM that Mosaic
             reserves for one call: the kernel's scratch, the pipeline's buffers and the compiler's own.
-        registers: of a thread; None on a TPU.
-        spills: bytes that ptxas stores to and loads from local memory for want of registers; None on a TPU.
+        registers: GPU: of a thread. TPU: vector registers alive at the tightest place before they are allotted; a core
+            has 64.
+        spills: bytes stored to and loaded from memory for want of registers, each instruction of the program counted
+            once. GPU: what ptxas says, for a thread. TPU: spill slots in VMEM, 4 KiB for a vector register.
+
+    ``registers`` and ``spills`` are None where something else loaded the TPU compiler before: it keeps its notes then.
     """
 
     name: str
     memory: int
-    registers: int | None = None
-    spills: int | None = None
+    registers: int | None
+    spills: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +118,10 @@ def compile_for(chip: str, function: Callable, *arguments: PyTree[jax.ShapeDtype
         traced = jax.jit(lambda *args: function(*args)).trace(*arguments)
         lowered = traced.lower(lowering_platforms=("tpu" if platform == "tpu" else "cuda",))
     if platform == "tpu":
+        for note in (notes := _tpu_notes()).iterdir():
+            note.unlink()
         executable = lowered.compile()
-        return Compiled(chip, tuple(_mosaic_kernels(executable.as_text() or "")), executable)
+        return Compiled(chip, tuple(_mosaic_kernels(executable.as_text() or "", notes)), executable)
     with tempfile.TemporaryDirectory() as dump:
         executable = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_emitter_re": ".*"})
         kernels = (*_jax_triton_kernels(chip, lowered), *_pallas_triton_kernels(lowered, Path(dump)))
@@ -133,11 +140,26 @@ def _chosen_knowingly() -> Iterator[None]:
 
 
 @functools.cache
+def _tpu_notes() -> Path:
+    """Where libtpu writes its notes on each program: a flag of the whole process, read once."""
+    folder = Path(tempfile.mkdtemp(prefix="libtpu_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
 def _tpu_device(chip: str) -> Any:
     if importlib.util.find_spec("libtpu") is None:
         raise CannotCompile(f"compiling for {chip} needs libtpu, which is not installed")
+    flags = {
+        "xla_jf_dump_to": _tpu_notes(),
+        "xla_jf_dump_llo_text": "true",
+        "xla_jf_dump_llo_pass_label_regex": "final_bundles|register-pressure",
+    }
+    flags = " ".join(f"--{name}={value}" for name, value in flags.items())
     # Only while libtpu loads: it would look for a TPU and for its neighbours, and other processes read these too.
     with _environment(
+        LIBTPU_INIT_ARGS=f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip(),
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE="v5litepod-4",
@@ -210,13 +232,29 @@ def _ptxas() -> str:
 # --- what they say ----------------------------------------------------------------------------------------------------
 
 
-def _mosaic_kernels(hlo: str) -> Iterator[Kernel]:
-    """Of a compiled TPU module: each Mosaic call carries the scoped memory (space 1, VMEM) that it was given."""
+def _mosaic_kernels(hlo: str, notes: Path) -> Iterator[Kernel]:
+    """Of a compiled TPU module: each Mosaic call carries the scoped memory (space 1, VMEM) that it was given.
+
+    Calls of one program share it, and the compiler notes it under one of their names.
+    """
+    noted = any(notes.iterdir())
     for call in re.findall(r'^.*custom_call_target="tpu_custom_call".*$', hlo, re.MULTILINE):
-        [name] = re.findall(r"^\s*(?:ROOT )?%?([\w-]+?)(?:\.\d+)* = ", call)
+        [(name, number)] = re.findall(r"^\s*(?:ROOT )?%?([\w-]+)((?:\.\w+)*) = ", call)
         used = re.search(r'"used_scoped_memory_configs":\[(.*?)\]', call)
         sizes = re.findall(r'"memory_space":"1"[^}]*?"size":"(\d+)"', used[1]) if used else []
-        yield Kernel(name, sum(map(int, sizes)))
+        program = "".join(path.read_text() for path in notes.glob(f"*-{name}{number}-*-final_bundles.txt"))
+        if noted and not program:
+            continue
+        pressure = "".join(path.read_text() for path in notes.glob(f"*-{name}{number}-*-register-pressure.txt"))
+        wanted = re.search(r"Register pressure for vregs is (\d+)", pressure)
+        vectors = len(re.findall(r"v(?:st|ld) \[vmem:\[#allocation\d+_spill", program))
+        scalars = len(re.findall(r"s(?:st|ld) \[smem:\[#allocation\d+_spill", program))
+        yield Kernel(
+            name,
+            memory=sum(map(int, sizes)),
+            registers=int(wanted[1]) if wanted else None,
+            spills=4096 * vectors + 4 * scalars if noted else None,
+        )
 
 
 def _custom_calls(lowered: jax.stages.Lowered, name: str) -> Iterator[Any]:
@@ -252,12 +290,12 @@ def _pallas_triton_kernels(lowered: jax.stages.Lowered, dump: Path) -> Iterator[
     shared = {
         name: int(size)
         for name, size in re.findall(r"(\S+) grid: .*shared_memory: (\d+) bytes", launches)
-        if name in ours or re.sub(r"_\d+$", "", name) in ours
+        if re.sub(r"__\d+$", "", name) in ours
     }
-    if not shared:
-        return
-    for path in dump.glob("*.ptx"):
-        yield from _assembled(path.read_text(), shared).values()
+    for path in sorted(dump.glob("*.ptx")):
+        ptx = path.read_text()
+        if not shared.keys().isdisjoint(re.findall(r"\.entry (\w+)", ptx)):
+            yield from _assembled(ptx, shared).values()
 
 
 def _assembled(ptx: str, dynamic: dict[str, int]) -> dict[str, Kernel]:
