@@ -1,0 +1,185 @@
+"""The window through Triton: what is launched, over which grid, in which tiles; ``kernels`` has the arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import triton_launch
+from pallas_kernels.sliding_window.problem import ABSENT, Implementation, Problem, differentiable
+from pallas_kernels.sliding_window.rope import tables
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Float, Int
+
+    from pallas_kernels.target import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How one kernel cuts its work.
+
+    Attributes:
+        rows: (token, query head) pairs of a tile, those of one key head beside one another.
+        keys: keys of a tile.
+        warps, stages: warps of a program, and depth of the pipeline of its loop.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The tiles of the three kernels."""
+
+    forward: Tile
+    query_gradient: Tile
+    key_gradient: Tile
+
+
+MOST_GROUPED = 32
+"""Query heads of one key head: a tile holds those of a token at least."""
+
+# By the power of two that holds a head, in bytes of an operand: what neither spills registers nor exceeds an A100's
+# shared memory, with few enough keys that the band's two ragged ends cost little.
+_TILES = {
+    64: Tiles(Tile(128, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
+    128: Tiles(Tile(128, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
+    256: Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)),
+    512: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    1024: Tiles(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
+}
+
+
+def tiles_of(width: int, dtype: jnp.dtype) -> Tiles:
+    """The tiles for heads of a width."""
+    return _TILES[max(64, _power_of_two(width) * dtype.itemsize)]
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _constants(q: Array, k: Array, frequencies: Array | None, window: int, tile: Tile) -> dict[str, Any]:
+    (_, T, N, H), K = q.shape, k.shape[2]
+    return {
+        "T": T,
+        "N": N,
+        "K": K,
+        "HALF": H // 2,
+        "WINDOW": window,
+        "TO_BASE2": math.log2(math.e) / math.sqrt(H),
+        "ROPE": frequencies is not None,
+        "PRECISION": "ieee" if q.dtype == jnp.float32 else "tf32",
+        "TOKENS": tile.rows // (N // K),
+        "ROWS": tile.rows,
+        "KEYS": tile.keys,
+        "HALF_TILE": max(16, _power_of_two(H // 2)),
+        "WIDTH_TILE": _power_of_two(H),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _angles(frequencies: Array | None, positions: int) -> tuple[Array, Array]:
+    """Cosines and sines of ``positions`` positions; without rotation, arrays that no kernel reads."""
+    if frequencies is None:
+        return jnp.zeros((1,), jnp.float32), jnp.zeros((1,), jnp.float32)
+    return tables(frequencies.astype(jnp.float32), jnp.arange(positions))
+
+
+def _forward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B WT K H"],
+    v: Float[Array, "B WT K H"],
+    q_segments: Int[Array, "B T"],
+    k_segments: Int[Array, "B WT"],
+    sink: Float[Array, " N"],
+    frequencies: Float[Array, " H/2"] | None,
+    window: int,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    from pallas_kernels.sliding_window.triton import kernels
+
+    (B, T, N, H), K = q.shape, k.shape[2]
+    tile = tiles_of(H, q.dtype).forward
+    constants = _constants(q, k, frequencies, window, tile)
+    return triton_launch.launch(
+        kernels.window_forward,
+        *(q, k, v, q_segments, k_segments, sink, *_angles(frequencies, window + constants["TOKENS"])),
+        out_shape=(jax.ShapeDtypeStruct(q.shape, v.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
+        grid=(-(-T // constants["TOKENS"]), K, B),
+        **constants,
+    )
+
+
+def _backward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B WT K H"],
+    v: Float[Array, "B WT K H"],
+    q_segments: Int[Array, "B T"],
+    k_segments: Int[Array, "B WT"],
+    sink: Float[Array, " N"],
+    frequencies: Float[Array, " H/2"] | None,
+    window: int,
+    y: Float[Array, "B T N H"],
+    n: Float[Array, "B T N"],
+    dy: Float[Array, "B T N H"],
+    dn: Float[Array, "B T N"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B WT K H"], Float[Array, "B WT K H"], Float[Array, " N"]]:
+    from pallas_kernels.sliding_window.triton import kernels
+
+    (B, T, N, H), K = q.shape, k.shape[2]
+    tiles = tiles_of(H, q.dtype)
+    like = jax.ShapeDtypeStruct
+    scale = 1 / math.sqrt(H)
+
+    constants = _constants(q, k, frequencies, window, tiles.query_gradient)
+    dq, dscore = triton_launch.launch(
+        kernels.window_query_gradient,
+        *(q, k, v, q_segments, k_segments, *_angles(frequencies, window + constants["TOKENS"]), y, n, dy, dn),
+        out_shape=(like(q.shape, q.dtype), like((B, T, N), jnp.float32)),
+        grid=(-(-T // constants["TOKENS"]), K, B),
+        SCALE=scale,
+        **constants,
+    )
+    constants = _constants(q, k, frequencies, window, tiles.key_gradient)
+    dk, dv = triton_launch.launch(
+        kernels.window_key_gradient,
+        *(q, k, v, q_segments, k_segments, *_angles(frequencies, window + constants["KEYS"]), n, dy, dscore),
+        out_shape=(like(k.shape, k.dtype), like(v.shape, v.dtype)),
+        grid=(-(-(window + T) // constants["KEYS"]), K, B),
+        SCALE=scale,
+        **constants,
+    )
+    here = (n > 0.1 * ABSENT) & (sink > 0.1 * ABSENT)
+    share = jnp.where(here, jnp.exp(jnp.where(here, sink - n, 0.0)), 0.0)
+    return dq, dk, dv, jnp.sum(share * dscore, axis=(0, 1))
+
+
+def _cannot_run(problem: Problem, target: Target) -> str | None:
+    if not target.interpret and target.platform != "gpu":
+        return f"triton runs on NVIDIA GPUs; this process has {target.platform}"
+    chip = target.chip or ""
+    if not target.interpret and chip.startswith("sm_") and int(chip.removeprefix("sm_")) < 80:
+        return f"triton needs an A100 or newer (sm_80); this is {chip}"
+    if missing := [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]:
+        return f"triton needs {' and '.join(missing)}, which this environment lacks"
+    if problem.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"triton computes in bfloat16 or float32, not {problem.dtype}"
+    if problem.H % 16 or problem.H > 256:
+        return f"H is {problem.H}; triton needs a multiple of 16, at most 256"
+    if problem.N // problem.K > MOST_GROUPED:
+        return f"{problem.N // problem.K} query heads share a key head; triton takes at most {MOST_GROUPED}"
+    return None
+
+
+IMPLEMENTATION = Implementation(differentiable(_forward, _backward), _cannot_run)
