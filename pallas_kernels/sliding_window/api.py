@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import target
-from pallas_kernels.sliding_window import meta, reference, xla
+from pallas_kernels.sliding_window import meta, pallas_tpu, reference, xla
 from pallas_kernels.sliding_window.problem import ABSENT, Implementation, Problem, accumulator
 
 if TYPE_CHECKING:
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": reference.IMPLEMENTATION,
     "xla": xla.IMPLEMENTATION,
+    "pallas_tpu": pallas_tpu.IMPLEMENTATION,
 }
 
-FIRST_CHOICES: dict[str, tuple[str, ...]] = {}
+FIRST_CHOICES: dict[str, tuple[str, ...]] = {"tpu": ("pallas_tpu",)}
 """What to try first on a platform; ``xla`` computes the rest."""
 
 

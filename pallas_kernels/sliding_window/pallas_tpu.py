@@ -1,0 +1,322 @@
+"""The window on TPUs: one Mosaic kernel forward, one backward, each reading every array once (keys: and a window more).
+
+The grid runs over batch rows, key heads and blocks of queries. A block's keys, its own and the window before them, lie
+in VMEM as one slab that its G query heads share. Inside, tiles of 128 queries meet their W + 128 keys in one piece: no
+running maximum, and the backward pass has ``Σ_j p_ij (dy_i·v_j)`` at hand without y. Scores stand keys × queries, so
+that whatever belongs to a query (maximum, normalizer, sink, segment) is a row of lanes, which is also how it is stored.
+
+Query blocks reach keys in increasing order, so the backward pass adds up dk and dv of a slab in VMEM, writes the part
+that no later query meets, and carries the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import target
+from pallas_kernels.sliding_window.problem import ABSENT, Implementation, Problem, differentiable
+from pallas_kernels.sliding_window.rope import tables
+
+if TYPE_CHECKING:
+    from jax import Array
+
+TILE = 128
+"""Queries of a tile, and the lanes of a vector register."""
+
+LARGEST_WINDOW = 1024
+"""A tile's scores, W + 128 by 128, are held at once."""
+
+LARGEST_BLOCK = 512
+BLOCK_BYTES = 8 << 20
+"""Of VMEM for what the backward pass holds of a block of queries: q, dy and dq, each twice for the pipeline."""
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _width(H: int) -> int:
+    """H in whole registers: either half of a head takes 64 lanes or a multiple."""
+    return _round_up(H, 128)
+
+
+def _block(T: int, lanes: int, itemsize: int) -> int:
+    """Queries of a grid step: as many as fit, for fewer keys are read twice then."""
+    fits = BLOCK_BYTES // (6 * lanes * itemsize) // TILE * TILE
+    return min(LARGEST_BLOCK, fits, _round_up(T, TILE))
+
+
+class _Layout:
+    """Sizes of a call, and its arrays as the kernels want them: whole blocks, heads side by side in the lanes."""
+
+    def __init__(self, q: Array, k: Array, window: int):
+        self.B, self.T, self.N, self.H = q.shape
+        self.K, self.window = k.shape[2], window
+        self.G, self.width = self.N // self.K, _width(self.H)
+        self.span = _round_up(window, TILE)  # keys before a block
+        self.block = _block(self.T, self.G * self.width, q.dtype.itemsize)
+        self.blocks = -(-self.T // self.block)
+        self.padded = self.blocks * self.block
+        self.slab = self.span + self.block
+
+    def _lanes(self, x: Array, before: int, after: int) -> Array:
+        half = (self.width - self.H) // 2
+        x = x.reshape(*x.shape[:3], 2, self.H // 2)
+        if before or after or half:
+            x = jnp.pad(x, [(0, 0), (before, after), (0, 0), (0, 0), (0, half)])
+        return x.reshape(*x.shape[:2], -1)
+
+    def queries(self, x: Array) -> Array:
+        """``[B, T, N, H]`` as ``[B, blocks·block, N·width]``."""
+        return self._lanes(x, 0, self.padded - self.T)
+
+    def keys(self, x: Array) -> Array:
+        """``[B, W+T, K, H]`` as ``[B, span + blocks·block, K·width]``."""
+        return self._lanes(x, self.span - self.window, self.padded - self.T)
+
+    def rows(self, x: Array) -> Array:
+        """``[B, T, N]`` as ``[B, K, G, blocks·block]``."""
+        x = jnp.pad(x, [(0, 0), (0, self.padded - self.T), (0, 0)])
+        return jnp.moveaxis(x, 1, 2).reshape(self.B, self.K, self.G, self.padded)
+
+    def segments(self, q_segments: Array, k_segments: Array) -> tuple[Array, Array]:
+        """Each as one row of lanes, ``[B, 1, …]``."""
+        after = self.padded - self.T
+        q_segments = jnp.pad(q_segments, [(0, 0), (0, after)])
+        k_segments = jnp.pad(k_segments, [(0, 0), (self.span - self.window, after)])
+        return q_segments[:, None], k_segments[:, None]
+
+    def turns(self, frequencies: Array | None) -> list[Array]:
+        """Cosines and signed sines of the slab's positions, ``[slab, width]`` each; none for no rotation."""
+        if frequencies is None:
+            return []
+        cos, sin = tables(frequencies, jnp.arange(self.slab))
+        pad = [(0, 0), (0, self.width // 2 - self.H // 2)]
+        cos, sin = jnp.pad(cos, pad), jnp.pad(sin, pad)
+        return [jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)]
+
+    def from_lanes(self, x: Array, start: int, length: int, heads: int) -> Array:
+        x = x[:, start : start + length].reshape(self.B, length, heads, 2, self.width // 2)
+        return x[..., : self.H // 2].reshape(self.B, length, heads, self.H)
+
+    def from_rows(self, x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(self.B, self.N, self.padded)[..., : self.T], 1, 2)
+
+    def specs(self) -> dict[str, Any]:
+        """Blocks of a step (batch row, key head, block of queries); steps after the last block stay on it."""
+        last, block, slab = self.blocks - 1, self.block, self.slab
+
+        def step(i):
+            return jnp.minimum(i, last)
+
+        return {
+            "sink": pl.BlockSpec(memory_space=pltpu.SMEM),
+            "turn": pl.BlockSpec((slab, self.width), lambda b, h, i: (0, 0)),
+            "q_segments": pl.BlockSpec((None, 1, block), lambda b, h, i: (b, 0, step(i))),
+            "k_segments": pl.BlockSpec(
+                (pl.Squeezed(), pl.Element(1), pl.Element(slab)), lambda b, h, i: (b, 0, step(i) * block)
+            ),
+            "queries": pl.BlockSpec((None, block, self.G * self.width), lambda b, h, i: (b, step(i), h)),
+            "keys": pl.BlockSpec(
+                (pl.Squeezed(), pl.Element(slab), pl.Element(self.width)),
+                lambda b, h, i: (b, step(i) * block, h * self.width),
+            ),
+            "rows": pl.BlockSpec((None, None, self.G, block), lambda b, h, i: (b, h, 0, step(i))),
+            "finished": pl.BlockSpec((None, block, self.width), lambda b, h, i: (b, i, h)),
+        }
+
+
+def _turn(x: Array, turns: list[Any], rows: slice, back: bool = False) -> Array:
+    """Rotate fp32 rows ``[rows, width]`` by their positions in the slab, or back."""
+    if not turns:
+        return x
+    cos, sin = (table[rows, :] for table in turns)
+    other = pltpu.roll(x, x.shape[1] // 2, 1) * sin
+    return x * cos - other if back else x * cos + other
+
+
+def _tile(layout: _Layout, q_segments, k_segments, r: int) -> tuple[slice, slice, Array]:
+    """Rows of tile r in the block, its keys in the slab, and which meet, ``[keys, TILE]``."""
+    keys = slice(r * TILE, r * TILE + TILE + layout.span)
+    rows = slice(r * TILE, r * TILE + TILE)
+    shape = (TILE + layout.span, TILE)
+    ahead = lax.broadcasted_iota(jnp.int32, shape, 0) - lax.broadcasted_iota(jnp.int32, shape, 1)
+    of_query = q_segments[:, rows]
+    of_key = jnp.broadcast_to(k_segments[:, keys], shape[::-1]).T
+    near = (ahead > layout.span - layout.window) & (ahead <= layout.span)
+    return rows, keys, near & (of_key == of_query) & (of_query != 0)
+
+
+def _dots(precision: lax.Precision):
+    """Matmuls with fp32 accumulation: ``a bᵀ``, ``aᵀ b`` and ``a b``."""
+
+    def dot(contract):
+        return functools.partial(
+            lax.dot_general, dimension_numbers=(contract, ((), ())), precision=precision,
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+
+    return dot(((1,), (1,))), dot(((0,), (0,))), dot(((1,), (0,)))
+
+
+def _precision(dtype: jnp.dtype) -> lax.Precision:
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def _forward_kernel(layout: _Layout, turned: bool, sink, *refs):
+    turns, (q_segments, k_segments, q, k, v, y, n) = list(refs[: 2 * turned]), refs[2 * turned :]
+    a_bt, at_b, _ = _dots(_precision(q.dtype))
+    scale, width, head = layout.H**-0.5, layout.width, pl.program_id(1)
+    slab = _turn(k[...].astype(jnp.float32), turns, slice(None)).astype(k.dtype)
+    for r in range(layout.block // TILE):
+        rows, keys, met = _tile(layout, q_segments, k_segments, r)
+        here = slice(layout.span + r * TILE, layout.span + r * TILE + TILE)
+        for g in range(layout.G):
+            query = _turn(q[rows, g * width : (g + 1) * width].astype(jnp.float32), turns, here).astype(q.dtype)
+            s = jnp.where(met, a_bt(slab[keys], query) * scale, ABSENT)
+            logit = jnp.where(q_segments[:, rows] != 0, sink[head, g], ABSENT)
+            top = jnp.maximum(jnp.max(s, axis=0, keepdims=True), logit)
+            top = jnp.maximum(top, 0.1 * ABSENT)  # so that what is absent weighs 0 where all is
+            weights = jnp.exp(s - top)
+            total = jnp.sum(weights, axis=0, keepdims=True) + jnp.exp(logit - top)
+            there = total > 0
+            total = jnp.where(there, total, 1.0)
+            p = (weights * (1.0 / total)).astype(v.dtype)
+            y[rows, g * width : (g + 1) * width] = at_b(p, v[keys, :]).astype(y.dtype)
+            n[g : g + 1, rows] = jnp.where(there, top + jnp.log(total), ABSENT)
+
+
+def _backward_kernel(layout: _Layout, turned: bool, sink, *refs):
+    turns, refs = list(refs[: 2 * turned]), refs[2 * turned :]
+    q_segments, k_segments, q, k, v, n, dy, dn, dq, dk, dv, dsink, dk_slab, dv_sum, dk_sum = refs
+    a_bt, at_b, a_b = _dots(_precision(q.dtype))
+    scale, width, head, step = layout.H**-0.5, layout.width, pl.program_id(1), pl.program_id(2)
+
+    @pl.when(step == 0)
+    def _():
+        dk_sum[...] = jnp.zeros_like(dk_sum)
+        dv_sum[...] = jnp.zeros_like(dv_sum)
+
+    @pl.when(step < layout.blocks)
+    def _():
+        slab = _turn(k[...].astype(jnp.float32), turns, slice(None)).astype(k.dtype)
+        dk_slab[...] = jnp.zeros_like(dk_slab)
+        for r in range(layout.block // TILE):
+            rows, keys, met = _tile(layout, q_segments, k_segments, r)
+            here = slice(layout.span + r * TILE, layout.span + r * TILE + TILE)
+            for g in range(layout.G):
+                lanes = slice(g * width, (g + 1) * width)
+                query = _turn(q[rows, lanes].astype(jnp.float32), turns, here).astype(q.dtype)
+                normalizer, cotangent = n[g : g + 1, rows], dy[rows, lanes]
+                s = a_bt(slab[keys], query) * scale
+                p = jnp.where(met, jnp.exp(s - normalizer), 0.0)
+                dp = a_bt(v[keys, :], cotangent)
+                gain = dn[g : g + 1, rows] - jnp.sum(p * dp, axis=0, keepdims=True)
+                ds = (p * (dp + gain)).astype(q.dtype)
+                dq[rows, lanes] = _turn(at_b(ds, slab[keys]) * scale, turns, here, back=True).astype(dq.dtype)
+                dk_slab[keys, :] += a_b(ds, query)
+                dv_sum[keys, :] += a_b(p.astype(q.dtype), cotangent)
+                share = jnp.where(normalizer > 0.1 * ABSENT, jnp.exp(sink[head, g] - normalizer), 0.0)
+                dsink[g : g + 1, rows] = share * gain
+        dk_sum[...] += _turn(dk_slab[...] * scale, turns, slice(None), back=True)
+
+    # No later query meets the first block of the slab; the rest is the start of the next one.
+    for total, out in ((dk_sum, dk), (dv_sum, dv)):
+        out[...] = total[: layout.block, :].astype(out.dtype)
+        rest = total[layout.block :, :]
+        total[: layout.span, :] = rest
+        total[layout.span :, :] = jnp.zeros((layout.block, width), jnp.float32)
+
+
+def _call(
+    kernel,
+    layout: _Layout,
+    steps: int,
+    sink: Array,
+    frequencies: Array | None,
+    inputs: list[tuple[str, Array]],
+    outputs: list[tuple[str, jax.ShapeDtypeStruct]],
+    scratch: list[Any],
+) -> list[Array]:
+    """Run a kernel; what it reads and writes is told by array and by the name of its blocks."""
+    specs, turns = layout.specs(), layout.turns(frequencies)
+    inputs = [("sink", sink.reshape(layout.K, layout.G)), *(("turn", x) for x in turns), *inputs]
+    run = pl.pallas_call(
+        functools.partial(kernel, layout, bool(turns)),
+        grid=(layout.B, layout.K, steps),
+        in_specs=[specs[name] for name, _ in inputs],
+        out_specs=[specs[name] for name, _ in outputs],
+        out_shape=[shape for _, shape in outputs],
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        interpret=pltpu.InterpretParams(detect_races=True) if target.current().interpret else False,
+        name=kernel.__name__.strip("_"),
+    )
+    return run(*(x for _, x in inputs))
+
+
+def _forward(q, k, v, q_segments, k_segments, sink, frequencies, window):
+    layout = _Layout(q, k, window)
+    q_segments, k_segments = layout.segments(q_segments, k_segments)
+    rows = (layout.B, layout.K, layout.G, layout.padded)
+    lanes = (layout.B, layout.padded, layout.N * layout.width)
+    y, n = _call(
+        _forward_kernel, layout, layout.blocks, sink, frequencies,
+        [
+            ("q_segments", q_segments), ("k_segments", k_segments),
+            ("queries", layout.queries(q)), ("keys", layout.keys(k)), ("keys", layout.keys(v)),
+        ],
+        [("queries", jax.ShapeDtypeStruct(lanes, v.dtype)), ("rows", jax.ShapeDtypeStruct(rows, jnp.float32))],
+        [],
+    )  # fmt: skip
+    return layout.from_lanes(y, 0, layout.T, layout.N), layout.from_rows(n)
+
+
+def _backward(q, k, v, q_segments, k_segments, sink, frequencies, window, y, n, dy, dn):
+    del y  # each tile has all keys of its queries, and their p·dv with them
+    layout = _Layout(q, k, window)
+    q_segments, k_segments = layout.segments(q_segments, k_segments)
+    rows = jax.ShapeDtypeStruct((layout.B, layout.K, layout.G, layout.padded), jnp.float32)
+    lanes = jax.ShapeDtypeStruct((layout.B, layout.padded, layout.N * layout.width), q.dtype)
+    keys = layout.padded + layout.span
+    sums = jax.ShapeDtypeStruct((layout.B, keys, layout.K * layout.width), k.dtype)
+    slab = pltpu.VMEM((layout.slab, layout.width), jnp.float32)
+    dq, dk, dv, dsink = _call(
+        _backward_kernel, layout, -(-keys // layout.block), sink, frequencies,
+        [
+            ("q_segments", q_segments), ("k_segments", k_segments),
+            ("queries", layout.queries(q)), ("keys", layout.keys(k)), ("keys", layout.keys(v)),
+            ("rows", layout.rows(n)), ("queries", layout.queries(dy)), ("rows", layout.rows(dn)),
+        ],
+        [("queries", lanes), ("finished", sums), ("finished", sums), ("rows", rows)],
+        [slab, slab, slab],
+    )  # fmt: skip
+    dk, dv = (layout.from_lanes(x, layout.span - window, layout.T + window, layout.K) for x in (dk, dv))
+    dsink = jnp.sum(layout.from_rows(dsink), axis=(0, 1))
+    return layout.from_lanes(dq, 0, layout.T, layout.N), dk, dv, dsink
+
+
+def _cannot_run(problem: Problem, where: target.Target) -> str | None:
+    itemsize = problem.dtype.itemsize
+    lanes = problem.N // problem.K * _width(problem.H)
+    if where.platform != "tpu":
+        return f"pallas_tpu runs on TPUs; this process has {where.platform}"
+    if problem.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"the inputs are {problem.dtype}; pallas_tpu takes bfloat16 and float32"
+    if problem.H % 16:
+        return f"H is {problem.H}; pallas_tpu needs multiples of 16"
+    if problem.W > LARGEST_WINDOW:
+        return f"the window is {problem.W}; pallas_tpu holds at most {LARGEST_WINDOW}"
+    if _block(problem.T, lanes, itemsize) < TILE:
+        return f"{problem.N // problem.K} heads of {problem.H} read one key; pallas_tpu holds fewer"
+    return None
+
+
+IMPLEMENTATION = Implementation(differentiable(_forward, _backward), _cannot_run)
