@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 
-from pallas_kernels.log_gate_attention import reference, xla
+from pallas_kernels import partition
+from pallas_kernels.log_gate_attention.dispatch import choose
+from pallas_kernels.log_gate_attention.exponents import FORGET
+from pallas_kernels.log_gate_attention.problem import Act, Problem
 from pallas_kernels.log_gate_attention.segments import apply_segments
-from pallas_kernels.log_gate_attention.state import LinearState, empty_state
+from pallas_kernels.log_gate_attention.state import ABSENT, EMPTY, LinearState, empty_state
 from pallas_kernels.log_gate_attention.step import step
+from pallas_kernels.partition import HEADS, MEMORY, TOKENS
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
-
-# Each takes (q, k, v, g, c, state, normalize, chunk) as prepared below and returns (y, n, state).
-IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference.attend, "xla": xla.attend}
-
-
-def _check(name: str, shape: tuple[int, ...], *allowed: tuple[int, ...]) -> None:
-    if shape not in allowed:
-        raise ValueError(f"log_gate_attention: {name} has shape {shape}, expected {' or '.join(map(str, allowed))}")
-
-
-def _check_heads(N: int, S: int, K: int) -> None:
-    if S not in (N, K) or N % K:
-        raise ValueError(
-            f"log_gate_attention: {N} query heads, {S} state heads and {K} key/value heads do not fit: "
-            "query heads must be a multiple of key/value heads, and state heads one of the two"
-        )
-
-
-def _accumulator(*arrays: Array | None):
-    wide = any(x.dtype == jnp.float64 for x in arrays if x is not None)
-    return jnp.float64 if wide else jnp.float32
 
 
 def log_gate_attention(
@@ -66,8 +50,8 @@ def log_gate_attention(
         q_feat: features of the queries, ``[B, T, N, F]``, not negative.
         k_feat: features of the keys, ``[B, T, S, F]``, not negative.
         v: values, ``[B, T, K, H]``; the output has their dtype.
-        log_gate: log gates, ``[B, T, S]`` or ``[B, T, S, F]``, at most 0 and computed in fp32. Any value that low will
-            do: -1e30 forgets everything.
+        log_gate: log gates, ``[B, T, S]`` or ``[B, T, S, F]``, at most 0 and computed in fp32. One at or below -500
+            forgets everything.
         k_log_scale: log scale of each key, ``[B, T, S]``. A key at or below -1e29 is absent: it has no weight and no
             gradient. ``None`` stands for 0.
         initial_state: the memory at the start; it continues the first document. ``None`` stands for an empty one.
@@ -76,8 +60,8 @@ def log_gate_attention(
         normalize: divide by ``Σ_j w_ij``; otherwise ``y_i`` is the plain sum.
         return_log_normalizer: also return ``n_i = log Σ_j w_ij``, ``[B, T, N]``.
         return_final_state: also return the memory after the last position.
-        chunk: tokens computed at once; a matter of speed and memory only.
-        implementation: one of ``IMPLEMENTATIONS``; ``None`` picks.
+        chunk: tokens computed at once; a matter of speed and memory only, and a hint to the kernels.
+        implementation: one of ``dispatch.IMPLEMENTATIONS``; ``None`` picks by platform and shape.
 
     Returns:
         ``y`` ``[B, T, N, H]``; with one or both of the flags a tuple ``(y, n, state)`` of what was asked for. ``n`` and
@@ -85,39 +69,95 @@ def log_gate_attention(
         -1e30 and every gradient 0; "0" is 1e-30 or less relative to the row's largest decay factor.
 
     Raises:
-        ValueError: an unknown implementation, or shapes that do not fit.
+        ValueError: an unknown implementation, one that cannot compute this here, or shapes that do not fit.
     """
-    name = implementation or "xla"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"unknown implementation {name!r} of log_gate_attention; choose from {', '.join(IMPLEMENTATIONS)}"
-        )
-    if chunk < 1:
-        raise ValueError(f"log_gate_attention: chunk is {chunk}, must be at least 1")
     (B, T, N, F), S, (K, H) = q_feat.shape, k_feat.shape[2], v.shape[2:]
     _check_heads(N, S, K)
     _check("k_feat", k_feat.shape, (B, T, S, F))
     _check("v", v.shape, (B, T, K, H))
     _check("log_gate", log_gate.shape, (B, T, S), (B, T, S, F))
-    if T < 1:
-        raise ValueError("log_gate_attention: no tokens; T must be at least 1")
+    vector = log_gate.ndim == 4
+    problem = Problem(B, T, N, S, K, F, H, _widest(q_feat, k_feat, v), vector_gates=vector)
+    chosen = _choose(problem, implementation, chunk)
 
     wide = _accumulator(q_feat, k_feat, v, log_gate, k_log_scale, initial_state and initial_state.kv)
-    g = log_gate.astype(wide)
-    if k_log_scale is None:
-        c = jnp.zeros((B, T, S), wide)
-    else:
-        _check("k_log_scale", k_log_scale.shape, (B, T, S))
-        c = k_log_scale.astype(wide)
+    g, c = _gates(log_gate, k_log_scale, (B, T, S), wide)
     if segment_ids is not None:
         _check("segment_ids", segment_ids.shape, (B, T))
         q_feat, g, c = apply_segments(q_feat, g, c, segment_ids)
-    state = _state(initial_state, B, S, F, H, wide, log_gate.ndim == 4)
+    state = _state(initial_state, B, S, F, H, wide, vector)
 
-    y, n, state = IMPLEMENTATIONS[name](q_feat, k_feat, v, g, c, state, normalize, chunk)
-    if not (return_log_normalizer or return_final_state):
-        return y
-    return (y, *([n] if return_log_normalizer else []), *([state] if return_final_state else []))
+    run = functools.partial(chosen.attend, normalize=normalize, chunk=chunk)
+    arrays = (q_feat, k_feat, v)
+    if chosen.kernel:
+        arrays = tuple(x.astype(problem.dtype) for x in arrays)
+        run = partition.spread(run, (*(TOKENS,) * 5, MEMORY), (TOKENS, TOKENS, MEMORY), B, (S, K))
+    y, n, state = run(*arrays, g, c, state)
+    return _asked(y.astype(v.dtype), n, state, return_log_normalizer, return_final_state)
+
+
+def mapped_log_gate_attention(
+    q: Float[Array, "B T N X"],
+    k: Float[Array, "B T K X"],
+    v: Float[Array, "B T K H"],
+    log_gate: Float[Array, "B T S"] | Float[Array, "B T S F"],
+    *,
+    q_map: Float[Array, "N X half"],
+    k_map: Float[Array, "S X half"],
+    act: Act,
+    k_log_scale: Float[Array, "B T S"] | None = None,
+    initial_state: LinearState | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    return_log_normalizer: bool = False,
+    return_final_state: bool = False,
+    chunk: int = 64,
+    implementation: str | None = None,
+):
+    """``log_gate_attention`` of ``φ(q)`` and ``φ(k)``, whose features the kernels compute themselves.
+
+    ``φ(x) = act(xA) ⊕ act(−xA)``, see ``features.feature_map``. The features, twice as wide as the heads, are the
+    op's largest inputs; the kernels make them where they are used, in the forward and in the backward pass. For
+    ``exp`` the keys' log scales join the exponents of the gates, and the queries' are part of the log normalizer.
+
+    Args:
+        q_map, k_map: the weights A, of each query head and of each state head; rounded to the dtype of ``q`` where
+            they meet it. Gradients are summed in fp32 and come in the weights' dtype.
+        act: ``exp`` or ``softmax``.
+
+    Everything else, results and errors are those of ``log_gate_attention`` with ``normalize=True``.
+    """
+    (B, T, N, X), (K, H), S, half = q.shape, v.shape[2:], k_map.shape[0], k_map.shape[2]
+    F = 2 * half
+    _check_heads(N, S, K)
+    _check("k", k.shape, (B, T, K, X))
+    _check("v", v.shape, (B, T, K, H))
+    _check("q_map", q_map.shape, (N, X, half))
+    _check("k_map", k_map.shape, (S, X, half))
+    _check("log_gate", log_gate.shape, (B, T, S), (B, T, S, F))
+    if act not in ("exp", "softmax"):
+        raise ValueError(f"log_gate_attention: act is {act!r}, must be 'exp' or 'softmax'")
+    vector = log_gate.ndim == 4
+    problem = Problem(B, T, N, S, K, F, H, _widest(q, k, v), vector_gates=vector, act=act, width=X)
+    chosen = _choose(problem, implementation, chunk)
+
+    wide = _accumulator(q, k, v, log_gate, k_log_scale, initial_state and initial_state.kv)
+    g, c = _gates(log_gate, k_log_scale, (B, T, S), wide)
+    if segment_ids is not None:
+        _check("segment_ids", segment_ids.shape, (B, T))
+        q, g, c = apply_segments(q, g, c, segment_ids)
+    state = _state(initial_state, B, S, F, H, wide, vector)
+
+    run = functools.partial(chosen.attend_mapped, act=act, chunk=chunk)
+    arrays = (q, k, v)
+    if chosen.kernel:
+        arrays = tuple(x.astype(problem.dtype) for x in arrays)
+        roles = (*(TOKENS,) * 5, MEMORY, HEADS, HEADS)
+        run = partition.spread(run, roles, (TOKENS, TOKENS, MEMORY), B, (S, K))
+    y, n, state = run(*arrays, g, c, state, q_map, k_map)
+    if segment_ids is not None:  # φ(0) is not 0
+        held = (segment_ids != 0)[..., None]
+        y, n = jnp.where(held[..., None], y, jnp.zeros((), y.dtype)), jnp.where(held, n, EMPTY)
+    return _asked(y.astype(v.dtype), n, state, return_log_normalizer, return_final_state)
 
 
 def log_gate_step(
@@ -143,12 +183,49 @@ def log_gate_step(
     _check("v", v.shape, (B, K, H))
     _check("log_gate", log_gate.shape, (B, S), (B, S, F))
     wide = _accumulator(q_feat, k_feat, v, log_gate, k_log_scale, state.kv)
-    if k_log_scale is None:
-        k_log_scale = jnp.zeros((B, S), wide)
-    _check("k_log_scale", k_log_scale.shape, (B, S))
-    tokens = (x.astype(wide) for x in (q_feat, k_feat, v, log_gate, k_log_scale))
-    y, n, state = step(*tokens, state=_state(state, B, S, F, H, wide, log_gate.ndim == 3), normalize=normalize)
+    g, c = _gates(log_gate, k_log_scale, (B, S), wide)
+    tokens = (x.astype(wide) for x in (q_feat, k_feat, v))
+    y, n, state = step(*tokens, g, c, state=_state(state, B, S, F, H, wide, log_gate.ndim == 3), normalize=normalize)
     return y.astype(v.dtype), n, state
+
+
+def _check(name: str, shape: tuple[int, ...], *allowed: tuple[int, ...]) -> None:
+    if shape not in allowed:
+        raise ValueError(f"log_gate_attention: {name} has shape {shape}, expected {' or '.join(map(str, allowed))}")
+
+
+def _check_heads(N: int, S: int, K: int) -> None:
+    if S not in (N, K) or N % K:
+        raise ValueError(
+            f"log_gate_attention: {N} query heads, {S} state heads and {K} key/value heads do not fit: "
+            "query heads must be a multiple of key/value heads, and state heads one of the two"
+        )
+
+
+def _choose(problem: Problem, implementation: str | None, chunk: int):
+    if chunk < 1:
+        raise ValueError(f"log_gate_attention: chunk is {chunk}, must be at least 1")
+    if problem.T < 1:
+        raise ValueError("log_gate_attention: no tokens; T must be at least 1")
+    return choose(problem, implementation)
+
+
+def _accumulator(*arrays: Array | None):
+    wide = any(x.dtype == jnp.float64 for x in arrays if x is not None)
+    return jnp.float64 if wide else jnp.float32
+
+
+def _widest(*arrays: Array) -> jnp.dtype:
+    return max((x.dtype for x in arrays), key=lambda dtype: dtype.itemsize)
+
+
+def _gates(log_gate: Array, k_log_scale: Array | None, heads: tuple[int, ...], wide) -> tuple[Array, Array]:
+    """Log gates and key scales as implementations expect them: what is far below is exactly -1e30."""
+    g = jnp.where(log_gate > FORGET, log_gate.astype(wide), EMPTY)
+    if k_log_scale is None:
+        return g, jnp.zeros(heads, wide)
+    _check("k_log_scale", k_log_scale.shape, heads)
+    return g, jnp.where(k_log_scale > ABSENT, k_log_scale.astype(wide), EMPTY)
 
 
 def _state(state: LinearState | None, B: int, S: int, F: int, H: int, wide, vector: bool) -> LinearState:
@@ -158,4 +235,10 @@ def _state(state: LinearState | None, B: int, S: int, F: int, H: int, wide, vect
     _check("state.z", state.z.shape, (B, S, F))
     _check("state.m", state.m.shape, (B, S), *([(B, S, F)] if vector else []))
     m = jnp.broadcast_to(state.m[..., None], (B, S, F)) if vector and state.m.ndim == 2 else state.m
-    return LinearState(state.kv.astype(wide), state.z.astype(wide), m.astype(wide))
+    return LinearState(state.kv.astype(wide), state.z.astype(wide), jax.lax.stop_gradient(m.astype(wide)))
+
+
+def _asked(y, n, state, return_log_normalizer: bool, return_final_state: bool):
+    if not (return_log_normalizer or return_final_state):
+        return y
+    return (y, *([n] if return_log_normalizer else []), *([state] if return_final_state else []))

@@ -45,8 +45,10 @@ class Implementation:
         attend_mapped: the same from raw queries and keys, always normalized: ``(q, k, v, g, c, state, q_map, k_map,
             act, chunk)``; ``n`` includes the queries' log scales.
         cannot_run: why it cannot compute a problem on a target, in one line; None where it can.
+        kernel: it is opaque to XLA, which can neither split it over devices nor mix dtypes in it.
     """
 
     attend: Callable
     attend_mapped: Callable
     cannot_run: Callable[[Problem, Target], str | None]
+    kernel: bool = True

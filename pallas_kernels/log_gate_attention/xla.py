@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.log_gate_attention import scalar_chunk, vector_chunk
+from pallas_kernels.log_gate_attention.features import from_raw
 from pallas_kernels.log_gate_attention.grouped import group, group_state, ungroup_state
+from pallas_kernels.log_gate_attention.problem import Implementation
 from pallas_kernels.log_gate_attention.state import LinearState
 
 if TYPE_CHECKING:
@@ -117,3 +119,6 @@ def _attend_bwd(normalize, chunk, saved, cotangents):
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+IMPLEMENTATION = Implementation(attend, from_raw(attend), lambda problem, target: None, kernel=False)

@@ -1,0 +1,74 @@
+"""Kernels on many devices: each device runs the kernel on its own batch rows and heads, inside ``shard_map``.
+
+XLA cannot split a kernel by itself. Whoever traces a sharded computation says how its arrays lie (``over``), and the
+ops split themselves accordingly; without it they see one device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+# How an argument's axes lie, in roles; ``spread`` puts the mesh's axes in their place.
+TOKENS = PartitionSpec("batch", None, "heads")
+MEMORY = PartitionSpec("batch", "heads")
+BATCH = PartitionSpec("batch")
+HEADS = PartitionSpec("heads")
+WHOLE = PartitionSpec()
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """The mesh axes that batch rows and heads are split over."""
+
+    mesh: Mesh
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+
+
+_current: contextvars.ContextVar[Partition | None] = contextvars.ContextVar("kernel_partition", default=None)
+
+
+@contextlib.contextmanager
+def over(partition: Partition | None) -> Iterator[None]:
+    """Split the kernels that are traced inside."""
+    token = _current.set(partition)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def spread(function: Callable, roles: tuple[Any, ...], results: Any, rows: int, heads: Sequence[int]) -> Callable:
+    """``function`` on each device's part of its arguments.
+
+    Args:
+        roles: for each argument a PartitionSpec of ``"batch"`` and ``"heads"`` (or a pytree of them).
+        results: the same for what it returns.
+        rows: size of the batch axis. Where the mesh does not divide it, every device computes every row.
+        heads: sizes of the head axes. Where the mesh does not divide each, every device computes every head.
+    """
+    partition = _current.get()
+    if partition is None:
+        return function
+    sizes = {"batch": [rows], "heads": heads}
+    axes = {"batch": partition.batch, "heads": partition.heads}
+    for role, names in axes.items():
+        parts = math.prod(partition.mesh.shape[name] for name in names)
+        if any(size % parts for size in sizes[role]):
+            axes[role] = ()
+    if all(partition.mesh.shape[name] == 1 for names in axes.values() for name in names):
+        return function
+
+    def place(spec: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(*(axes.get(role) or None for role in spec))
+
+    specs = jax.tree.map(place, (roles, results), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    return jax.shard_map(function, mesh=partition.mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
