@@ -123,7 +123,7 @@ def compile_for(chip: str, function: Callable, *arguments: PyTree[jax.ShapeDtype
         executable = lowered.compile()
         return Compiled(chip, tuple(_mosaic_kernels(executable.as_text() or "", notes)), executable)
     with tempfile.TemporaryDirectory() as dump:
-        executable = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_emitter_re": ".*"})
+        executable = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_emitter_re": "^ptx$"})
         kernels = (*_jax_triton_kernels(chip, lowered), *_pallas_triton_kernels(lowered, Path(dump)))
     return Compiled(chip, kernels, executable)
 
