@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.log_gate_attention.pallas_tpu.chunk import Chunk, inputs, state_shapes
 from pallas_kernels.log_gate_attention.pallas_tpu.decay import Decay, column, decays, places, row
-from pallas_kernels.log_gate_attention.pallas_tpu.features import dot, to_raw
+from pallas_kernels.log_gate_attention.pallas_tpu.features import dot, dot_finely, to_raw
 from pallas_kernels.log_gate_attention.pallas_tpu.layout import Blocks, Plan, call
 from pallas_kernels.log_gate_attention.state import ABSENT, SMALLEST
 
@@ -130,10 +130,11 @@ def log_gate_backward(plan: Plan, ins: dict, outs: dict, sums: dict) -> None:
 
     # The chunk's last row of decays also filled the state.
     dkv, dz = sums["kv"][p], sums["z"][p]
-    dkv_rounded, taken = dkv.astype(plan.dtype), decay.take * k.astype(jnp.float32)
-    filled = dot(v, dkv_rounded, (1, 1)) + dz
+    taken = decay.take * k.astype(jnp.float32)
+    # Gates' cotangents are sums of these over many keys that nearly cancel, so dkv is not rounded.
+    filled = dot_finely(v, dkv, (1, 1)) + dz
     dk += decay.take * filled
-    dv += dot(taken.astype(plan.dtype), dkv_rounded)
+    dv += dot(taken.astype(plan.dtype), dkv.astype(plan.dtype))
     kept = jnp.sum(jnp.sum(kv * dkv, 0, keepdims=True), 1, keepdims=True) + jnp.sum(z * dz, 1, keepdims=True)
     sums["kv"][p], sums["z"][p] = decay.keep * dkv + to_kv, decay.keep * dz + to_z
 

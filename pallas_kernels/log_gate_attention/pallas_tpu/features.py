@@ -36,6 +36,14 @@ def dot(a: Array, b: Array, axes: tuple[int, int] = (1, 0)) -> Float[Array, "row
     )
 
 
+def dot_finely(a: Array, b: Array, axes: tuple[int, int] = (1, 0)) -> Float[Array, "rows columns"]:
+    """The same with an fp32 ``b`` that is not rounded to ``a``'s dtype: its rest is multiplied, too."""
+    rounded = b.astype(a.dtype)
+    if a.dtype == jnp.float32:
+        return dot(a, rounded, axes)
+    return dot(a, rounded, axes) + dot(a, (b - rounded.astype(jnp.float32)).astype(a.dtype), axes)
+
+
 def _halves(plan: Plan, shape: tuple[int, ...]) -> tuple[Bool[Array, "C F"], Bool[Array, "C F"]]:
     """Where the first and the second half of the features lie."""
     place = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
