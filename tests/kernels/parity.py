@@ -196,7 +196,7 @@ def _run(implementation: str, s: Shape, inputs, segment_ids, weights, scale):
 def _relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
     # -1e30 marks "nothing there": it must be met exactly, and would drown every other value.
     empty = expected <= -1e29
-    if not np.isfinite(actual).all() or (actual[empty] != np.float32(EMPTY)).any():
+    if not np.isfinite(actual).all() or (actual[empty] != np.asarray(EMPTY, actual.dtype)).any():
         return float("inf")
     actual, expected = (np.where(empty, 0.0, x.astype(np.float64)) for x in (actual, expected))
     error, size = (np.sqrt(np.mean(x**2)) for x in (actual - expected, expected))
