@@ -250,7 +250,7 @@ def _mosaic_kernels(hlo: str, notes: Path) -> Iterator[Kernel]:
         vectors = len(re.findall(r"v(?:st|ld) \[vmem:\[#allocation\d+_spill", program))
         scalars = len(re.findall(r"s(?:st|ld) \[smem:\[#allocation\d+_spill", program))
         yield Kernel(
-            name,
+            re.sub(r"^(?:transpose_)?jvp_(\w+?)_+$", r"\1", name),  # without the marks of the transformation
             memory=sum(map(int, sizes)),
             registers=int(wanted[1]) if wanted else None,
             spills=4096 * vectors + 4 * scalars if noted else None,

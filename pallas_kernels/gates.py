@@ -1,0 +1,124 @@
+"""What must compile: every kernel, each pass, for each chip it is for, at the attention shape of Llama-3-8B."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.compiling import Compiled, compile_for
+from pallas_kernels.log_gate_attention import dispatch as log_gate_dispatch
+from pallas_kernels.log_gate_attention import empty_state, log_gate_attention, mapped_log_gate_attention
+from pallas_kernels.log_gate_attention.problem import Act
+from pallas_kernels.sliding_window import dispatch as window_dispatch
+from pallas_kernels.sliding_window import sliding_window
+
+TPUS, GPUS = ("v5e", "v5p", "v6e"), ("sm_80", "sm_90")
+CHIPS = {"pallas_tpu": TPUS, "triton": GPUS, "pallas_gpu": GPUS}
+OPS = {"log_gate_attention": log_gate_dispatch.IMPLEMENTATIONS, "sliding_window": window_dispatch.IMPLEMENTATIONS}
+B, T, N, K, H, W = 1, 2048, 32, 8, 128, 128
+
+Pass = Literal["forward", "backward"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """One thing that must compile, in bf16.
+
+    Attributes:
+        F: features; None for ``sliding_window``, which has none.
+        act: the feature map inside the kernel; None where features are given.
+    """
+
+    op: str
+    implementation: str
+    which: Pass
+    chip: str
+    F: int | None = None
+    act: Act | None = None
+
+    @property
+    def passes(self) -> str:
+        return f"{self.act}-mapped {self.which}" if self.act else self.which
+
+    def __str__(self) -> str:
+        return "-".join(str(x) for x in (self.op, self.implementation, self.passes, self.F, self.chip) if x is not None)
+
+    def compile(self) -> Compiled:
+        """Raises ``CannotCompile`` or what the compiler raises."""
+        function, arguments = _OPS[self.op](self)
+        if self.which == "forward":
+            return compile_for(self.chip, function, *arguments)
+
+        def backward(arguments, cotangents):
+            return jax.vjp(function, *arguments)[1](cotangents)
+
+        # The cotangents of a forward pass are shaped like its results, which no kernel is needed to know.
+        return compile_for(self.chip, backward, arguments, self._results())
+
+    def _results(self) -> Any:
+        y, n = _array(B, T, N, H), _array(B, T, N, dtype=jnp.float32)
+        return (y, n) if self.F is None else (y, n, _state(self.F))
+
+
+def gates() -> Iterator[Gate]:
+    """All of them."""
+    for op, implementations in OPS.items():
+        kernels = [name for name in implementations if name in CHIPS]
+        maps = ((None, None),) if op == "sliding_window" else itertools.product((128, 256), (None, "exp", "softmax"))
+        for implementation, (F, act), which in itertools.product(kernels, maps, ("forward", "backward")):
+            for chip in CHIPS[implementation]:
+                yield Gate(op, implementation, which, chip, F, act)
+
+
+def _array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _state(F: int) -> Any:
+    return jax.eval_shape(lambda: empty_state(B, K, F, H))
+
+
+def _log_gate(gate: Gate) -> tuple[Callable, tuple]:
+    """All that the op takes and gives: key scales, a state to start from, log normalizer and final state."""
+    assert gate.F is not None
+    act, told = (
+        gate.act,
+        {"return_log_normalizer": True, "return_final_state": True, "implementation": gate.implementation},
+    )
+    scalars = _array(B, T, K, dtype=jnp.float32), _array(B, T, K, dtype=jnp.float32), _state(gate.F)
+    v = _array(B, T, K, H)
+    if act is None:
+
+        def attend(q, k, v, g, c, state):
+            return log_gate_attention(q, k, v, g, k_log_scale=c, initial_state=state, **told)
+
+        return attend, (_array(B, T, N, gate.F), _array(B, T, K, gate.F), v, *scalars)
+
+    def attend_mapped(q, k, v, g, c, state, q_map, k_map):
+        return mapped_log_gate_attention(
+            q, k, v, g, q_map=q_map, k_map=k_map, act=act, k_log_scale=c, initial_state=state, **told
+        )
+
+    maps = (_array(heads, H, gate.F // 2, dtype=jnp.float32) for heads in (N, K))
+    return attend_mapped, (_array(B, T, N, H), _array(B, T, K, H), v, *scalars, *maps)
+
+
+def _window(gate: Gate) -> tuple[Callable, tuple]:
+    """With rotation and a sink; other meta memory is not the kernels' work."""
+
+    def attend(q, k, v, frequencies, sink):
+        segments = jnp.ones((B, T), jnp.int32), jnp.ones((B, W + T), jnp.int32)
+        return sliding_window(
+            q, k, v, *segments, window=W, rope_frequencies=frequencies, sink=sink, implementation=gate.implementation
+        )
+
+    scalars = _array(H // 2, dtype=jnp.float32), _array(N, dtype=jnp.float32)
+    return attend, (_array(B, T, N, H), _array(B, W + T, K, H), _array(B, W + T, K, H), *scalars)
+
+
+_OPS = {"log_gate_attention": _log_gate, "sliding_window": _window}
