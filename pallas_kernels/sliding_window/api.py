@@ -7,22 +7,15 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import target
-from pallas_kernels.sliding_window import meta, pallas_tpu, reference, xla
-from pallas_kernels.sliding_window.problem import ABSENT, Implementation, Problem, accumulator
+from pallas_kernels import partition
+from pallas_kernels.partition import BATCH, HEADS, TOKENS, WHOLE
+from pallas_kernels.sliding_window import meta
+from pallas_kernels.sliding_window.dispatch import choose
+from pallas_kernels.sliding_window.problem import ABSENT, Problem, accumulator
 
 if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Float, Int
-
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    "reference": reference.IMPLEMENTATION,
-    "xla": xla.IMPLEMENTATION,
-    "pallas_tpu": pallas_tpu.IMPLEMENTATION,
-}
-
-FIRST_CHOICES: dict[str, tuple[str, ...]] = {"tpu": ("pallas_tpu",)}
-"""What to try first on a platform; ``xla`` computes the rest."""
 
 
 def sliding_window(
@@ -61,7 +54,7 @@ def sliding_window(
         prefix_k, prefix_v: ``[B, 1 or T, M, K, H]`` the first M tokens of each query's document, unrotated. A token
             still inside the window is counted there, once.
         positions: ``[B, T]`` of each query in its document, for the prefix.
-        implementation: one of ``IMPLEMENTATIONS``; ``None`` picks.
+        implementation: one of ``dispatch.IMPLEMENTATIONS``; ``None`` picks.
 
     Returns:
         ``y`` ``[B, T, N, H]`` in the dtype of ``v``, and the log-normalizer ``n`` ``[B, T, N]`` in fp32 (fp64 for fp64
@@ -96,9 +89,15 @@ def sliding_window(
     wide = accumulator(q.dtype)
     frequencies = None if rope_frequencies is None else lax.stop_gradient(rope_frequencies.astype(jnp.float32))
     logit = jnp.full((N,), ABSENT, wide) if sink is None else sink.astype(wide)
-    chosen = _choose(implementation, Problem(B, T, N, K, H, window, q.dtype, frequencies is not None))
-    segments = q_segments.astype(jnp.int32), k_segments.astype(jnp.int32)
-    parts = [chosen.attend(q, k, v, *segments, logit, frequencies, window)]
+    chosen = choose(Problem(B, T, N, K, H, window, q.dtype, frequencies is not None), implementation)
+
+    def attend(*arrays):
+        return chosen.attend(*arrays, window)
+
+    if chosen.kernel:
+        roles = (TOKENS, TOKENS, TOKENS, BATCH, BATCH, HEADS, None if frequencies is None else WHOLE)
+        attend = partition.spread(attend, roles, (TOKENS, TOKENS), B, (N, K))
+    parts = [attend(q, k, v, q_segments.astype(jnp.int32), k_segments.astype(jnp.int32), logit, frequencies)]
     if pairs[0]:
         parts.append(meta.learned(q, *pairs[0], q_segments))
     if pairs[1]:
@@ -113,16 +112,3 @@ def _pair(name: str, k: Array | None, v: Array | None) -> tuple[Array, Array] | 
     if k is None or v is None or k.shape != v.shape:
         raise ValueError(f"sliding_window: {name}_k and {name}_v come together and with one shape")
     return k, v
-
-
-def _choose(name: str | None, problem: Problem) -> Implementation:
-    here = target.current()
-    if name is None:
-        able = (n for n in FIRST_CHOICES.get(here.platform, ()) if not IMPLEMENTATIONS[n].cannot_run(problem, here))
-        return IMPLEMENTATIONS[next(able, "xla")]
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {name!r} of sliding_window; choose from {', '.join(IMPLEMENTATIONS)}")
-    reason = IMPLEMENTATIONS[name].cannot_run(problem, here)
-    if reason:
-        raise ValueError(f"sliding_window: {reason}")
-    return IMPLEMENTATIONS[name]

@@ -30,12 +30,9 @@ if TYPE_CHECKING:
 TILE = 128
 """Queries of a tile, and the lanes of a vector register."""
 
-LARGEST_WINDOW = 1024
-"""A tile's scores, W + 128 by 128, are held at once."""
-
 LARGEST_BLOCK = 512
-BLOCK_BYTES = 8 << 20
-"""Of VMEM for what the backward pass holds of a block of queries: q, dy and dq, each twice for the pipeline."""
+VMEM = 14 << 20
+"""What a kernel may plan for, in bytes, of the 16 MiB that a TPU gives one by default."""
 
 
 def _round_up(size: int, multiple: int) -> int:
@@ -47,10 +44,21 @@ def _width(H: int) -> int:
     return _round_up(H, 128)
 
 
-def _block(T: int, lanes: int, itemsize: int) -> int:
-    """Queries of a grid step: as many as fit, for fewer keys are read twice then."""
-    fits = BLOCK_BYTES // (6 * lanes * itemsize) // TILE * TILE
-    return min(LARGEST_BLOCK, fits, _round_up(T, TILE))
+def _vmem(block: int, span: int, G: int, width: int, itemsize: int) -> int:
+    """Bytes of the backward pass: what it pipelines (each buffer twice), what it sums up, and a tile's scores."""
+    slab = block + span
+    queries = 3 * 2 * block * G * width * itemsize  # q, dy, dq
+    keys = 2 * 2 * slab * width * itemsize + 2 * 2 * block * width * itemsize  # k, v; dk, dv
+    turns, sums = 2 * 2 * slab * width * 4, 3 * slab * width * 4
+    return queries + keys + turns + sums + 6 * (span + TILE) * TILE * 4
+
+
+def _block(T: int, span: int, G: int, width: int, itemsize: int) -> int:
+    """Queries of a grid step: as many as fit, for fewer keys are read twice then; at least one tile."""
+    block = min(LARGEST_BLOCK, _round_up(T, TILE))
+    while block > TILE and _vmem(block, span, G, width, itemsize) > VMEM:
+        block -= TILE
+    return block
 
 
 class _Layout:
@@ -61,7 +69,7 @@ class _Layout:
         self.K, self.window = k.shape[2], window
         self.G, self.width = self.N // self.K, _width(self.H)
         self.span = _round_up(window, TILE)  # keys before a block
-        self.block = _block(self.T, self.G * self.width, q.dtype.itemsize)
+        self.block = _block(self.T, self.span, self.G, self.width, q.dtype.itemsize)
         self.blocks = -(-self.T // self.block)
         self.padded = self.blocks * self.block
         self.slab = self.span + self.block
@@ -304,18 +312,16 @@ def _backward(q, k, v, q_segments, k_segments, sink, frequencies, window, y, n, 
 
 
 def _cannot_run(problem: Problem, where: target.Target) -> str | None:
-    itemsize = problem.dtype.itemsize
-    lanes = problem.N // problem.K * _width(problem.H)
     if where.platform != "tpu":
         return f"pallas_tpu runs on TPUs; this process has {where.platform}"
     if problem.dtype not in (jnp.bfloat16, jnp.float32):
         return f"the inputs are {problem.dtype}; pallas_tpu takes bfloat16 and float32"
     if problem.H % 16:
         return f"H is {problem.H}; pallas_tpu needs multiples of 16"
-    if problem.W > LARGEST_WINDOW:
-        return f"the window is {problem.W}; pallas_tpu holds at most {LARGEST_WINDOW}"
-    if _block(problem.T, lanes, itemsize) < TILE:
-        return f"{problem.N // problem.K} heads of {problem.H} read one key; pallas_tpu holds fewer"
+    span, G = _round_up(problem.W, TILE), problem.N // problem.K
+    needed = _vmem(TILE, span, G, _width(problem.H), problem.dtype.itemsize)
+    if needed > VMEM:
+        return f"W={problem.W}, H={problem.H} and N/K={G} need {needed >> 20} MiB of VMEM; pallas_tpu has {VMEM >> 20}"
     return None
 
 

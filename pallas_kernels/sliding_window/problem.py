@@ -58,10 +58,12 @@ class Implementation:
               ``y_i = Σ_j e^{s_ij - n_i} v_j`` in v's dtype. A query of segment 0, or one that meets no key where there
               is no sink: y = 0 and n = -1e30 exactly, with zero gradients.
         cannot_run: why it cannot compute a problem on a target, in one line; None where it can.
+        kernel: opaque to XLA, which can split it over devices only as ``pallas_kernels.partition`` says.
     """
 
     attend: Callable[..., tuple[Array, Array]]
     cannot_run: Callable[[Problem, Target], str | None]
+    kernel: bool = True
 
 
 def differentiable(forward: Callable, backward: Callable) -> Callable[..., tuple[Array, Array]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.sliding_window.problem import accumulator
 
@@ -16,9 +17,18 @@ if TYPE_CHECKING:
 def tables(
     frequencies: Float[Array, " H/2"], positions: Int[Array, "*L"]
 ) -> tuple[Float[Array, "*L H/2"], Float[Array, "*L H/2"]]:
-    """``cos(p f)`` and ``sin(p f)`` of every position and frequency, in the dtype of the frequencies."""
-    angles = positions[..., None].astype(frequencies.dtype) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    """``cos(p f)`` and ``sin(p f)`` of every position and frequency, in the dtype of the frequencies.
+
+    An fp32 product of hundreds would miss by 1e-5, so the angle is the sum of a coarse part, exact for positions below
+    4096, and a small one.
+    """
+    coarse = lax.reduce_precision(frequencies, exponent_bits=8, mantissa_bits=11)
+    at = positions[..., None].astype(frequencies.dtype)
+    large, small = at * coarse, at * (frequencies - coarse)
+    return (
+        jnp.cos(large) * jnp.cos(small) - jnp.sin(large) * jnp.sin(small),
+        jnp.sin(large) * jnp.cos(small) + jnp.cos(large) * jnp.sin(small),
+    )
 
 
 def rotate(
