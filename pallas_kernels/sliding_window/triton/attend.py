@@ -46,23 +46,29 @@ class Tiles:
     key_gradient: Tile
 
 
-MOST_GROUPED = 32
-"""Query heads of one key head: a tile holds those of a token at least."""
+MOST_GROUPED = 64
+"""Query heads of one key head; a tile holds those of a token at least."""
 
-# By the power of two that holds a head, in bytes of an operand: what neither spills registers nor exceeds an A100's
-# shared memory, with few enough keys that the band's two ragged ends cost little.
+CHIPS = ("sm_80", "sm_90", "sm_100", "sm_103")
+"""Whose shared memory the tiles are sized for; others of their generations have less."""
+
+# By bytes of an operand and the power of two that holds a head: what neither spills registers on sm_80 and sm_90 nor
+# exceeds their shared memory, with few enough keys that the band's two ragged ends cost little.
 _TILES = {
-    64: Tiles(Tile(128, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
-    128: Tiles(Tile(128, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
-    256: Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)),
-    512: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    1024: Tiles(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
+    (2, 64): Tiles(Tile(128, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (2, 128): Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)),
+    (2, 256): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (4, 32): Tiles(Tile(128, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (4, 64): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
+    (4, 128): Tiles(Tile(32, 32, 8, 2), Tile(32, 16, 8, 2), Tile(32, 32, 8, 1)),
+    (4, 256): Tiles(Tile(32, 16, 8, 1), Tile(16, 16, 8, 2), Tile(32, 16, 8, 1)),
 }
 
 
 def tiles_of(width: int, dtype: jnp.dtype) -> Tiles:
     """The tiles for heads of a width."""
-    return _TILES[max(64, _power_of_two(width) * dtype.itemsize)]
+    size = jnp.dtype(dtype).itemsize
+    return _TILES[size, max(_power_of_two(width), 64 if size == 2 else 32)]
 
 
 def _power_of_two(n: int) -> int:
@@ -71,6 +77,7 @@ def _power_of_two(n: int) -> int:
 
 def _constants(q: Array, k: Array, frequencies: Array | None, window: int, tile: Tile) -> dict[str, Any]:
     (_, T, N, H), K = q.shape, k.shape[2]
+    rows = max(tile.rows, _power_of_two(N // K))
     return {
         "T": T,
         "N": N,
@@ -79,9 +86,8 @@ def _constants(q: Array, k: Array, frequencies: Array | None, window: int, tile:
         "WINDOW": window,
         "TO_BASE2": math.log2(math.e) / math.sqrt(H),
         "ROPE": frequencies is not None,
-        "PRECISION": "ieee" if q.dtype == jnp.float32 else "tf32",
-        "TOKENS": tile.rows // (N // K),
-        "ROWS": tile.rows,
+        "TOKENS": rows // (N // K),
+        "ROWS": rows,
         "KEYS": tile.keys,
         "HALF_TILE": max(16, _power_of_two(H // 2)),
         "WIDTH_TILE": _power_of_two(H),
@@ -168,9 +174,8 @@ def _backward(
 def _cannot_run(problem: Problem, target: Target) -> str | None:
     if not target.interpret and target.platform != "gpu":
         return f"triton runs on NVIDIA GPUs; this process has {target.platform}"
-    chip = target.chip or ""
-    if not target.interpret and chip.startswith("sm_") and int(chip.removeprefix("sm_")) < 80:
-        return f"triton needs an A100 or newer (sm_80); this is {chip}"
+    if not target.interpret and target.chip is not None and target.chip not in CHIPS:
+        return f"triton's tiles are for {', '.join(CHIPS)}; this is {target.chip}"
     if missing := [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]:
         return f"triton needs {' and '.join(missing)}, which this environment lacks"
     if problem.dtype not in (jnp.bfloat16, jnp.float32):

@@ -1,4 +1,4 @@
-"""The Triton kernels of banded softmax attention: output and normalizer, queries' gradient, keys' and values' gradients.
+"""The Triton kernels of banded softmax attention: its output and normalizer, and the gradients of q, and of k and v.
 
 Token ``i`` of ``q`` [B, T, N, H] stands at index ``i + W`` of ``k`` and ``v`` [B, W+T, K, H] and meets the W indices
 ``i+1 … i+W`` of its own segment (0 is padding). All arrays are contiguous. The rows of a tile are (token, query head)
@@ -6,9 +6,10 @@ pairs, the ``GROUP`` query heads of one key/value head beside one another, so a 
 
 Queries and keys are held as two halves of a head, each in a power of two of columns of which ``H // 2`` are real: RoPE
 turns the pairs ``(i, i + H/2)``, and a score is the sum of the halves' products. Angles come from tables
-``cos``, ``sin`` [·, H/2] by position inside the tile's band, so they never grow with the text.
+``cos``, ``sin`` [·, H/2] by position inside the tile's band, so they never grow with the text. Tokens and keys count
+from the tile's first too.
 
-Scores are kept in base 2: ``SCALE = 1/√H`` and ``TO_BASE2 = log2(e)/√H``.
+fp32 operands are multiplied in full fp32. Scores are kept in base 2: ``SCALE = 1/√H`` and ``TO_BASE2 = log2(e)/√H``.
 """
 
 import triton
@@ -61,29 +62,30 @@ def _visible(q_index, k_index, q_segment, k_segment, WINDOW: tl.constexpr):
 def window_forward(
     q, k, v, q_segments, k_segments, sink, cos, sin, y, n,
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
-    TO_BASE2: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr,
+    TO_BASE2: tl.constexpr, ROPE: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, HALF_TILE: tl.constexpr, WIDTH_TILE: tl.constexpr,
 ):  # fmt: skip
     """``y`` and ``n`` of ``TOKENS`` tokens and the query heads of one key/value head; grid (tiles, K, B)."""
     GROUP: tl.constexpr = N // K
     WIDTH: tl.constexpr = 2 * HALF
     start, head, batch = tl.program_id(0) * TOKENS, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    q += batch * T * N * WIDTH
-    y += batch * T * N * WIDTH
-    n += batch * T * N
-    k += batch * (WINDOW + T) * K * WIDTH
-    v += batch * (WINDOW + T) * K * WIDTH
-    q_segments += batch * T
-    k_segments += batch * (WINDOW + T)
+    first_token, first_key = batch * T + start, batch * (WINDOW + T) + start
+    q += first_token * N * WIDTH
+    y += first_token * N * WIDTH
+    n += first_token * N
+    k += first_key * K * WIDTH
+    v += first_key * K * WIDTH
+    q_segments += first_token
+    k_segments += first_key
 
     row = tl.arange(0, ROWS)
-    token, q_head = start + row // GROUP, head * GROUP + row % GROUP
-    inside = (row // GROUP < TOKENS) & (token < T)
+    token, q_head = row // GROUP, head * GROUP + row % GROUP
+    inside = (token < TOKENS) & (start + token < T)
     column, wide = tl.arange(0, HALF_TILE), tl.arange(0, WIDTH_TILE)
     real, wide_real = column < HALF, wide < WIDTH
     q1, q2 = _load_halves(q, token * N + q_head, inside, column, real, HALF)
     if ROPE:
-        q1, q2 = _turn(q1, q2, cos, sin, WINDOW + row // GROUP, inside, column, real, HALF)
+        q1, q2 = _turn(q1, q2, cos, sin, WINDOW + token, inside, column, real, HALF)
     q_segment = tl.load(q_segments + token, mask=inside, other=0)
 
     logit = tl.load(sink + q_head, mask=inside, other=ABSENT)
@@ -91,18 +93,17 @@ def window_forward(
     top = tl.where(sunk, logit * LOG2E, ABSENT)
     total = tl.where(sunk, 1.0, 0.0)
     value = tl.zeros((ROWS, WIDTH_TILE), tl.float32)
-    # The band's first key stands one after the first query's index less the window: position 0 meets nothing.
+    # Position 0 is too old for the first token already.
     for offset in range(1, WINDOW + TOKENS, KEYS):
         position = offset + tl.arange(0, KEYS)
-        index = start + position
-        there = (position < WINDOW + TOKENS) & (index < WINDOW + T)
-        k1, k2 = _load_halves(k, index * K + head, there, column, real, HALF)
+        there = (position < WINDOW + TOKENS) & (start + position < WINDOW + T)
+        k1, k2 = _load_halves(k, position * K + head, there, column, real, HALF)
         if ROPE:
             k1, k2 = _turn(k1, k2, cos, sin, position, there, column, real, HALF)
-        k_segment = tl.load(k_segments + index, mask=there, other=0)
-        score = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
-        score = tl.dot(q2, tl.trans(k2), score, input_precision=PRECISION)
-        seen = _visible(token[:, None] + WINDOW, index[None, :], q_segment[:, None], k_segment[None, :], WINDOW)
+        k_segment = tl.load(k_segments + position, mask=there, other=0)
+        score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+        score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
+        seen = _visible(token[:, None] + WINDOW, position[None, :], q_segment[:, None], k_segment[None, :], WINDOW)
         score = tl.where(seen, score * TO_BASE2, ABSENT)
         above = tl.maximum(top, tl.max(score, 1))
         # While a row has met nothing, its scores equal its maximum: masked again after the exponential.
@@ -111,9 +112,11 @@ def window_forward(
         top = above
         total = total * shrink + tl.sum(weight, 1)
         values = tl.load(
-            v + (index[:, None] * K + head) * WIDTH + wide[None, :], mask=there[:, None] & wide_real[None, :], other=0.0
+            v + (position[:, None] * K + head) * WIDTH + wide[None, :],
+            mask=there[:, None] & wide_real[None, :],
+            other=0.0,
         )
-        value = tl.dot(weight.to(values.dtype), values, value * shrink[:, None], input_precision=PRECISION)
+        value = tl.dot(weight.to(values.dtype), values, value * shrink[:, None], input_precision="ieee")
 
     met = (q_segment != 0) & (total > 0.0)
     total = tl.where(met, total, 1.0)
@@ -127,33 +130,34 @@ def window_forward(
 def window_query_gradient(
     q, k, v, q_segments, k_segments, cos, sin, y, n, dy, dn, dq, dscore,
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
-    TO_BASE2: tl.constexpr, SCALE: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr,
+    TO_BASE2: tl.constexpr, SCALE: tl.constexpr, ROPE: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, HALF_TILE: tl.constexpr, WIDTH_TILE: tl.constexpr,
 ):  # fmt: skip
-    """``dq``, and ``dscore = dn - y·dy`` [B, T, N] fp32, what a score of the row gains beside ``dy·v``; grid as above."""
+    """``dq``, and ``dscore = dn - y·dy`` [B, T, N] fp32, what the row's scores gain beside ``dy·v``; grid as above."""
     GROUP: tl.constexpr = N // K
     WIDTH: tl.constexpr = 2 * HALF
     start, head, batch = tl.program_id(0) * TOKENS, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    q += batch * T * N * WIDTH
-    dq += batch * T * N * WIDTH
-    y += batch * T * N * WIDTH
-    dy += batch * T * N * WIDTH
-    n += batch * T * N
-    dn += batch * T * N
-    dscore += batch * T * N
-    k += batch * (WINDOW + T) * K * WIDTH
-    v += batch * (WINDOW + T) * K * WIDTH
-    q_segments += batch * T
-    k_segments += batch * (WINDOW + T)
+    first_token, first_key = batch * T + start, batch * (WINDOW + T) + start
+    q += first_token * N * WIDTH
+    dq += first_token * N * WIDTH
+    y += first_token * N * WIDTH
+    dy += first_token * N * WIDTH
+    n += first_token * N
+    dn += first_token * N
+    dscore += first_token * N
+    k += first_key * K * WIDTH
+    v += first_key * K * WIDTH
+    q_segments += first_token
+    k_segments += first_key
 
     row = tl.arange(0, ROWS)
-    token, q_head = start + row // GROUP, head * GROUP + row % GROUP
-    inside = (row // GROUP < TOKENS) & (token < T)
+    token, q_head = row // GROUP, head * GROUP + row % GROUP
+    inside = (token < TOKENS) & (start + token < T)
     column, wide = tl.arange(0, HALF_TILE), tl.arange(0, WIDTH_TILE)
     real, wide_real = column < HALF, wide < WIDTH
     q1, q2 = _load_halves(q, token * N + q_head, inside, column, real, HALF)
     if ROPE:
-        q1, q2 = _turn(q1, q2, cos, sin, WINDOW + row // GROUP, inside, column, real, HALF)
+        q1, q2 = _turn(q1, q2, cos, sin, WINDOW + token, inside, column, real, HALF)
     q_segment = tl.load(q_segments + token, mask=inside, other=0)
 
     at = (token[:, None] * N + q_head[:, None]) * WIDTH + wide[None, :]
@@ -169,26 +173,27 @@ def window_query_gradient(
     d2 = tl.zeros((ROWS, HALF_TILE), tl.float32)
     for offset in range(1, WINDOW + TOKENS, KEYS):
         position = offset + tl.arange(0, KEYS)
-        index = start + position
-        there = (position < WINDOW + TOKENS) & (index < WINDOW + T)
-        k1, k2 = _load_halves(k, index * K + head, there, column, real, HALF)
+        there = (position < WINDOW + TOKENS) & (start + position < WINDOW + T)
+        k1, k2 = _load_halves(k, position * K + head, there, column, real, HALF)
         if ROPE:
             k1, k2 = _turn(k1, k2, cos, sin, position, there, column, real, HALF)
-        k_segment = tl.load(k_segments + index, mask=there, other=0)
-        score = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
-        score = tl.dot(q2, tl.trans(k2), score, input_precision=PRECISION)
-        seen = _visible(token[:, None] + WINDOW, index[None, :], q_segment[:, None], k_segment[None, :], WINDOW)
+        k_segment = tl.load(k_segments + position, mask=there, other=0)
+        score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+        score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
+        seen = _visible(token[:, None] + WINDOW, position[None, :], q_segment[:, None], k_segment[None, :], WINDOW)
         share = tl.exp2(tl.where(seen, score * TO_BASE2 - normalizer[:, None], ABSENT))
         values = tl.load(
-            v + (index[:, None] * K + head) * WIDTH + wide[None, :], mask=there[:, None] & wide_real[None, :], other=0.0
+            v + (position[:, None] * K + head) * WIDTH + wide[None, :],
+            mask=there[:, None] & wide_real[None, :],
+            other=0.0,
         )
-        d_share = tl.dot(d_value, tl.trans(values), input_precision=PRECISION)
+        d_share = tl.dot(d_value, tl.trans(values), input_precision="ieee")
         d_scores = (share * (d_share + gain[:, None])).to(k1.dtype)
-        d1 = tl.dot(d_scores, k1, d1, input_precision=PRECISION)
-        d2 = tl.dot(d_scores, k2, d2, input_precision=PRECISION)
+        d1 = tl.dot(d_scores, k1, d1, input_precision="ieee")
+        d2 = tl.dot(d_scores, k2, d2, input_precision="ieee")
 
     if ROPE:
-        d1, d2 = _turn_back(d1, d2, cos, sin, WINDOW + row // GROUP, inside, column, real, HALF)
+        d1, d2 = _turn_back(d1, d2, cos, sin, WINDOW + token, inside, column, real, HALF)
     at = (token[:, None] * N + q_head[:, None]) * WIDTH + column[None, :]
     at_mask = inside[:, None] & real[None, :]
     tl.store(dq + at, (d1 * SCALE).to(dq.dtype.element_ty), mask=at_mask)
@@ -199,37 +204,37 @@ def window_query_gradient(
 def window_key_gradient(
     q, k, v, q_segments, k_segments, cos, sin, n, dy, dscore, dk, dv,
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
-    TO_BASE2: tl.constexpr, SCALE: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr,
+    TO_BASE2: tl.constexpr, SCALE: tl.constexpr, ROPE: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, HALF_TILE: tl.constexpr, WIDTH_TILE: tl.constexpr,
 ):  # fmt: skip
     """``dk``, ``dv`` of ``KEYS`` keys, summed over the query heads that read them; grid (tiles of keys, K, B).
 
-    Positions count from the tile's first key: keys 0 … KEYS-1, and the first query at the same index as that key.
+    Positions count from the tile's first key; the first token, W before it, stands there too.
     """
     GROUP: tl.constexpr = N // K
     WIDTH: tl.constexpr = 2 * HALF
     start, head, batch = tl.program_id(0) * KEYS, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    q += batch * T * N * WIDTH
-    dy += batch * T * N * WIDTH
-    n += batch * T * N
-    dscore += batch * T * N
-    k += batch * (WINDOW + T) * K * WIDTH
-    v += batch * (WINDOW + T) * K * WIDTH
-    dk += batch * (WINDOW + T) * K * WIDTH
-    dv += batch * (WINDOW + T) * K * WIDTH
-    q_segments += batch * T
-    k_segments += batch * (WINDOW + T)
+    first_token, first_key = batch * T + start - WINDOW, batch * (WINDOW + T) + start
+    q += first_token * N * WIDTH
+    dy += first_token * N * WIDTH
+    n += first_token * N
+    dscore += first_token * N
+    k += first_key * K * WIDTH
+    v += first_key * K * WIDTH
+    dk += first_key * K * WIDTH
+    dv += first_key * K * WIDTH
+    q_segments += first_token
+    k_segments += first_key
 
-    place = tl.arange(0, KEYS)
-    index = start + place
-    there = index < WINDOW + T
+    key = tl.arange(0, KEYS)
+    there = start + key < WINDOW + T
     column, wide = tl.arange(0, HALF_TILE), tl.arange(0, WIDTH_TILE)
     real, wide_real = column < HALF, wide < WIDTH
-    k1, k2 = _load_halves(k, index * K + head, there, column, real, HALF)
+    k1, k2 = _load_halves(k, key * K + head, there, column, real, HALF)
     if ROPE:
-        k1, k2 = _turn(k1, k2, cos, sin, place, there, column, real, HALF)
-    k_segment = tl.load(k_segments + index, mask=there, other=0)
-    at = (index[:, None] * K + head) * WIDTH + wide[None, :]
+        k1, k2 = _turn(k1, k2, cos, sin, key, there, column, real, HALF)
+    k_segment = tl.load(k_segments + key, mask=there, other=0)
+    at = (key[:, None] * K + head) * WIDTH + wide[None, :]
     values = tl.load(v + at, mask=there[:, None] & wide_real[None, :], other=0.0)
 
     d1 = tl.zeros((KEYS, HALF_TILE), tl.float32)
@@ -238,12 +243,12 @@ def window_key_gradient(
     row = tl.arange(0, ROWS)
     # The tile's last key is met W-1 indices later at most.
     for offset in range(0, WINDOW + KEYS - 1, TOKENS):
-        position = offset + row // GROUP
-        token, q_head = start - WINDOW + position, head * GROUP + row % GROUP
-        inside = (row // GROUP < TOKENS) & (position < WINDOW + KEYS - 1) & (token >= 0) & (token < T)
+        token, q_head = offset + row // GROUP, head * GROUP + row % GROUP
+        inside = (row // GROUP < TOKENS) & (token < WINDOW + KEYS - 1)
+        inside &= (start - WINDOW + token >= 0) & (start - WINDOW + token < T)
         q1, q2 = _load_halves(q, token * N + q_head, inside, column, real, HALF)
         if ROPE:
-            q1, q2 = _turn(q1, q2, cos, sin, position, inside, column, real, HALF)
+            q1, q2 = _turn(q1, q2, cos, sin, token, inside, column, real, HALF)
         q_segment = tl.load(q_segments + token, mask=inside, other=0)
         normalizer = tl.load(n + token * N + q_head, mask=inside, other=0.0) * LOG2E
         gain = tl.load(dscore + token * N + q_head, mask=inside, other=0.0)
@@ -251,20 +256,20 @@ def window_key_gradient(
             dy + (token[:, None] * N + q_head[:, None]) * WIDTH + wide[None, :],
             mask=inside[:, None] & wide_real[None, :], other=0.0,
         )  # fmt: skip
-        score = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
-        score = tl.dot(k2, tl.trans(q2), score, input_precision=PRECISION)
-        seen = _visible(token[None, :] + WINDOW, index[:, None], q_segment[None, :], k_segment[:, None], WINDOW)
+        score = tl.dot(k1, tl.trans(q1), input_precision="ieee")
+        score = tl.dot(k2, tl.trans(q2), score, input_precision="ieee")
+        seen = _visible(token[None, :], key[:, None], q_segment[None, :], k_segment[:, None], WINDOW)
         share = tl.exp2(tl.where(seen, score * TO_BASE2 - normalizer[None, :], ABSENT))
-        d_values = tl.dot(share.to(d_value.dtype), d_value, d_values, input_precision=PRECISION)
-        d_share = tl.dot(values, tl.trans(d_value), input_precision=PRECISION)
+        d_values = tl.dot(share.to(d_value.dtype), d_value, d_values, input_precision="ieee")
+        d_share = tl.dot(values, tl.trans(d_value), input_precision="ieee")
         d_scores = (share * (d_share + gain[None, :])).to(q1.dtype)
-        d1 = tl.dot(d_scores, q1, d1, input_precision=PRECISION)
-        d2 = tl.dot(d_scores, q2, d2, input_precision=PRECISION)
+        d1 = tl.dot(d_scores, q1, d1, input_precision="ieee")
+        d2 = tl.dot(d_scores, q2, d2, input_precision="ieee")
 
     tl.store(dv + at, d_values.to(dv.dtype.element_ty), mask=there[:, None] & wide_real[None, :])
     if ROPE:
-        d1, d2 = _turn_back(d1, d2, cos, sin, place, there, column, real, HALF)
-    at = (index[:, None] * K + head) * WIDTH + column[None, :]
+        d1, d2 = _turn_back(d1, d2, cos, sin, key, there, column, real, HALF)
+    at = (key[:, None] * K + head) * WIDTH + column[None, :]
     mask = there[:, None] & real[None, :]
     tl.store(dk + at, (d1 * SCALE).to(dk.dtype.element_ty), mask=mask)
     tl.store(dk + at + HALF, (d2 * SCALE).to(dk.dtype.element_ty), mask=mask)
