@@ -186,7 +186,7 @@ def _environment(**values: str) -> Iterator[None]:
 @functools.cache
 def _gpu_device(chip: str) -> Any:
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise CannotCompile(f"compiling for {chip} needs jax-cuda13-plugin[with-cuda], which is not installed")
+        raise CannotCompile(f"compiling for {chip} needs jax-cuda13-plugin, which is not installed")
     gpu = _GPUS[chip]
     config = f"""
         platform_name: "CUDA"
