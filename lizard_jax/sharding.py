@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lizard_jax.config import MeshConfig
 from lizard_jax.errors import UserError
+from pallas_kernels.partition import Partition
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
@@ -113,6 +114,11 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over ``data`` and ``fsdp`` together; ``tensor`` sees every row."""
     return NamedSharding(mesh, BATCH)
+
+
+def kernel_partition(mesh: Mesh) -> Partition:
+    """How the kernels' arrays lie: rows like a batch's, heads over ``tensor``."""
+    return Partition(mesh, batch=("data", "fsdp"), heads=("tensor",))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -14,7 +14,7 @@ ALLOWED: dict[str, list[str]] = {
     "errors": [],
     "config": ["errors", "typing"],
     "orbax_noise": ["errors"],
-    "sharding": BASE,
+    "sharding": [*BASE, "pallas_kernels"],
     "nn": NN,
     "models": MODEL,
     "lora": MODEL,

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lizard_jax.nn.numerics import accumulation_dtype, precision
 from lizard_jax.nn.params import NewParam
 from lizard_jax.typing import Array, Float
+from pallas_kernels.log_gate_attention import feature_map
 
 
 def identity_start(head_dim: int, half: int) -> Float[Array, "H f"]:
@@ -52,16 +52,4 @@ class FeatureMap(nnx.Module):
         ``x`` may have fewer heads than the map: then each of its heads feeds ``heads / K`` maps. Features come in
         x's dtype, m in fp32.
         """
-        batch, time, x_heads, width = x.shape
-        dtype = accumulation_dtype(x)
-        kernel = self.kernel[...].reshape(x_heads, self.heads // x_heads, width, -1).astype(dtype)
-        scores = jnp.einsum("btkh,kghf->btkgf", x.astype(dtype), kernel, precision=precision(x))
-        scores = scores.reshape(batch, time, self.heads, -1)
-        if self.act == "softmax":
-            features = jnp.concatenate([jax.nn.softmax(scores, axis=-1), jax.nn.softmax(-scores, axis=-1)], axis=-1)
-            return features.astype(x.dtype), jnp.zeros(features.shape[:-1], dtype)
-        # φ·e^{−m} and m are used together, and their product does not depend on m: it is a constant to autodiff.
-        log_scale = jax.lax.stop_gradient(jnp.abs(scores).max(axis=-1))
-        shift = log_scale[..., None]
-        features = jnp.concatenate([jnp.exp(scores - shift), jnp.exp(-scores - shift)], axis=-1)
-        return features.astype(x.dtype), log_scale
+        return feature_map(x, self.kernel[...], self.act)

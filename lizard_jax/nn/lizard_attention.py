@@ -16,9 +16,9 @@ from lizard_jax.nn.gate import Gate
 from lizard_jax.nn.numerics import ABSENT, accumulation_dtype
 from lizard_jax.nn.params import NewParam
 from lizard_jax.nn.rope import cos_sin, inverse_frequencies, rotate, segment_positions
-from lizard_jax.nn.window import MetaMemory, window_attention
 from lizard_jax.typing import Array, Float, Int
-from pallas_kernels.log_gate_attention import LinearState, empty_state, log_gate_attention, log_gate_step
+from pallas_kernels.log_gate_attention import LinearState, empty_state, log_gate_step, mapped_log_gate_attention
+from pallas_kernels.sliding_window import sliding_window
 
 
 @jax.tree_util.register_dataclass
@@ -167,20 +167,22 @@ class LizardMixer(nnx.Module):
         switches = self.switches
         all_k = jnp.concatenate([state.ring_k, k], axis=1)
         all_v = jnp.concatenate([state.ring_v, v], axis=1)
-        meta = MetaMemory(
+        frequencies = inverse_frequencies(self.config.rope, self.config.head_dim) if switches.window_rope else None
+        near, near_log = sliding_window(
+            q, all_k, all_v, segments, k_segments,
+            window=switches.window,
+            rope_frequencies=frequencies,
             sink=None if self.sink is None else self.sink[...],
             learned_k=None if self.meta_k is None else self.meta_k[...],
             learned_v=None if self.meta_v is None else self.meta_v[...],
             prefix_k=prefix_k,
             prefix_v=prefix_v,
-        )
-        near, near_log = window_attention(
-            q, all_k, all_v, segments, k_segments, positions,
-            window=switches.window, rope=self.config.rope if switches.window_rope else None, meta=meta,
+            positions=positions,
         )  # fmt: skip
         if switches.memory == "none":
-            return jnp.where((segments != 0)[..., None, None], near, 0.0).astype(q.dtype), None
+            return near.astype(q.dtype), None
 
+        near = near.astype(accumulation_dtype(q))
         far, far_log, linear = self._linear(
             x, q, k, v, all_k, all_v, state, segments, k_segments, positions, segment_ids
         )
@@ -228,21 +230,22 @@ class LizardMixer(nnx.Module):
             frequencies = inverse_frequencies(self.config.rope, self.config.head_dim)
             to_q = rotate(q, *cos_sin(frequencies, positions))
             to_k = rotate(source_k, *cos_sin(frequencies, positions - age))
-        q_feat, q_log_scale = self.phi_q(to_q)
-        k_feat, k_log_scale = self.phi_k(to_k)
         log_gate = self.gate(x, k)
-        k_log_scale = jnp.where(present[..., None], k_log_scale, ABSENT)
+        k_log_scale = jnp.where(present, 0.0, ABSENT)[..., None].repeat(self.state_heads, -1)
         if time == 1:
+            (q_feat, q_log_scale), (k_feat, own) = self.phi_q(to_q), self.phi_k(to_k)
+            k_log_scale = jnp.where(present[..., None], own, ABSENT)
             far, far_log, linear = log_gate_step(
                 q_feat[:, 0], k_feat[:, 0], source_v[:, 0], log_gate[:, 0],
                 k_log_scale=k_log_scale[:, 0], state=state.linear,
             )  # fmt: skip
-            far, far_log = far[:, None], far_log[:, None]
+            # An absent memory stays absent: its marker is so large that the log scale would not change it in fp32.
+            far, far_log = far[:, None], far_log[:, None] + q_log_scale
         else:
-            far, far_log, linear = log_gate_attention(
-                q_feat, k_feat, source_v, log_gate,
-                k_log_scale=k_log_scale, initial_state=state.linear, segment_ids=segment_ids, normalize=True,
+            far, far_log, linear = mapped_log_gate_attention(
+                to_q, to_k, source_v, log_gate,
+                q_map=self.phi_q.kernel[...], k_map=self.phi_k.kernel[...], act=switches.act,
+                k_log_scale=k_log_scale, initial_state=state.linear, segment_ids=segment_ids,
                 return_log_normalizer=True, return_final_state=True, chunk=switches.chunk,
             )  # fmt: skip
-        # An absent memory stays absent: its marker is so large that the log-scale would not change it in fp32.
-        return far.astype(accumulation_dtype(q)), far_log + q_log_scale, linear
+        return far.astype(accumulation_dtype(q)), far_log, linear

@@ -16,6 +16,7 @@ from lizard_jax import sharding
 from lizard_jax.config import RunConfig
 from lizard_jax.train import stages
 from lizard_jax.train.optim import Optimizer, OptimizerState
+from pallas_kernels import partition
 
 
 @dataclass
@@ -51,7 +52,8 @@ def train_step(config: RunConfig, optimizer: Optimizer, state: TrainState, mesh:
     graph = state.graph
 
     def step(trainable: nnx.State, moments: OptimizerState, frozen: nnx.State, batch: Any) -> Any:
-        grads, metrics = stages.loss_and_grads(config, nnx.merge(graph, trainable, frozen), batch)
+        with partition.over(sharding.kernel_partition(mesh)):
+            grads, metrics = stages.loss_and_grads(config, nnx.merge(graph, trainable, frozen), batch)
         trainable, moments, info = optimizer.update(grads, moments, trainable)
         return trainable, moments, metrics | info
 
@@ -70,7 +72,8 @@ def eval_step(config: RunConfig, state: TrainState, mesh: Mesh) -> Callable[...,
     graph = state.graph
 
     def step(trainable: nnx.State, frozen: nnx.State, batch: Any) -> Any:
-        return stages.evaluate(config, nnx.merge(graph, trainable, frozen), batch)
+        with partition.over(sharding.kernel_partition(mesh)):
+            return stages.evaluate(config, nnx.merge(graph, trainable, frozen), batch)
 
     places = [sharding.state_shardings(part, mesh) for part in (state.trainable, state.frozen)]
     return jax.jit(step, in_shardings=(*places, sharding.batch_sharding(mesh)), out_shardings=sharding.replicated(mesh))
