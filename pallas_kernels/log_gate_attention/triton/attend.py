@@ -11,23 +11,25 @@ import jax.numpy as jnp
 from pallas_kernels import target
 from pallas_kernels.log_gate_attention.problem import Problem
 from pallas_kernels.log_gate_attention.state import LinearState
-from pallas_kernels.log_gate_attention.triton.plan import Launch, Plan, plan
+from pallas_kernels.log_gate_attention.triton.plan import Launch, Plan, plan, power
 from pallas_kernels.triton_launch import launch
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 
-class Exponents(NamedTuple):
-    """What ``decay`` says of every place, and the states' scales."""
+class Decays(NamedTuple):
+    """What ``decay`` says of every place and chunk."""
 
-    past: Float[Array, "B S L"]
-    rest: Float[Array, "B S L"]
-    borders: Int[Array, "B S L"]
     hi: Float[Array, "B S L"]
     lo: Float[Array, "B S L"]
-    top: Float[Array, "B S L"]
-    scale: Float[Array, "B S chunks+1"]
+    M: Float[Array, "B S L"]
+    own: Float[Array, "B S L"]
+    start: Int[Array, "B S L"]
+    reads: Float[Array, "B S L"]
+    take: Float[Array, "B S L"]
+    keep: Float[Array, "B S chunks"]
+    m_last: Float[Array, "B S"]
 
 
 def _like(shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -44,41 +46,49 @@ def _count(length: int, step: int) -> int:
 
 
 def _run(kernel, p: Problem, C: int, how: Launch, arrays, out_shape, grid, **sizes):
-    blocks = {"BF": how.features, "BH": how.width} | ({"HEADS": how.heads} if "HEADS" in kernel.arg_names else {})
-    heads = {name: getattr(p, name) for name in ("N", "K") if name in kernel.arg_names}
+    given = {"N": p.N, "K": p.K, "HEADS": how.heads, "KEYS": how.keys, "BF": how.features, "BH": how.width}
+    given |= {"RESTS": p.dtype != jnp.float32, "PRECISION": "ieee" if p.dtype == jnp.float32 else "tf32"} | sizes
     return launch(
         kernel, *arrays, out_shape=out_shape, grid=grid, num_warps=how.num_warps, num_stages=how.num_stages, T=p.T,
-        chunks=_count(p.T, C), S=p.S, F=p.F, H=p.H, C=C, PRECISION="ieee" if p.dtype == jnp.float32 else "tf32",
-        **heads, **blocks, **sizes,
+        chunks=_count(p.T, C), S=p.S, F=p.F, H=p.H, C=C, **{k: v for k, v in given.items() if k in kernel.arg_names},
     )  # fmt: skip
 
 
-def exponents(p: Problem, C: int, g, c, m) -> Exponents:
+def decays(p: Problem, C: int, g, c, m) -> Decays:
     """All that the gates and key scales come to."""
-    from pallas_kernels.log_gate_attention.triton.decay import exponents_kernel
-    from pallas_kernels.log_gate_attention.triton.plan import power
+    from pallas_kernels.log_gate_attention.triton.decay import decays_kernel
 
     chunks = _count(p.T, C)
-    place = (p.B, p.S, chunks * C)
-    kinds = (jnp.float32, jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.float32)
-    out = [*(_like(place, kind) for kind in kinds), _like((p.B, p.S, chunks + 1))]
-    at_once = min(power(chunks), 2048 // C)
-    return Exponents(*launch(
-        exponents_kernel, g, c, m, out_shape=out, grid=(p.B * p.S, 1, 1), num_warps=4, num_stages=1,
-        T=p.T, chunks=chunks, S=p.S, C=C, CHUNKS=at_once,
+    out = [_like((p.B, p.S, chunks * C), jnp.int32 if name == "start" else jnp.float32) for name in Decays._fields[:7]]
+    out += [_like((p.B, p.S, chunks)), _like((p.B, p.S))]
+    return Decays(*launch(
+        decays_kernel, g, c, m, out_shape=out, grid=(p.B * p.S, 1, 1), num_warps=4, num_stages=1,
+        T=p.T, chunks=chunks, S=p.S, C=C, CHUNKS=min(power(chunks), 1024 // C),
     ))  # fmt: skip
 
 
-def chunk_states(p: Problem, how: Plan, k, v, state: LinearState, sums: Exponents):
-    """``(kvs, zs)``, the states before each chunk, and the last state."""
+class States(NamedTuple):
+    """States before each chunk, or cotangents of those after it: rounded, what rounding took, and ``z``."""
+
+    kvs: Float[Array, "B S chunks F H"]
+    rests: Float[Array, "B S chunks F H"]
+    zs: Float[Array, "B S chunks F"]
+
+
+def _states(p: Problem, C: int, rests: bool) -> list[jax.ShapeDtypeStruct]:
+    shape = (p.B, p.S, _count(p.T, C), p.F)
+    return [_like((*shape, p.H), p.dtype), _like((*shape, p.H) if rests else (1,), p.dtype), _like(shape)]
+
+
+def chunk_states(p: Problem, how: Plan, k, v, state: LinearState, by: Decays, rests: bool):
+    """The states before each chunk, and the last one."""
     from pallas_kernels.log_gate_attention.triton.forward import states_kernel
 
-    shape = (p.B, p.S, _count(p.T, how.chunk), p.F)
-    out = [_like((*shape, p.H), p.dtype), _like(shape), _like(state.kv.shape), _like(state.z.shape)]
-    one = how.states
-    grid = (p.B * p.S, _count(p.F, one.features), _count(p.H, one.width))
-    kvs, zs, kv, z = _run(states_kernel, p, how.chunk, one, (k, v, state.kv, state.z, *sums), out, grid)
-    return (kvs, zs), LinearState(kv, z, sums.scale[..., -1])
+    out = [*_states(p, how.chunk, rests), _like(state.kv.shape), _like(state.z.shape)]
+    grid = (p.B * p.S, _count(p.F, how.states.features), _count(p.H, how.states.width))
+    arrays = (k, v, state.kv, state.z, by.take, by.keep)
+    kvs, rest, zs, kv, z = _run(states_kernel, p, how.chunk, how.states, arrays, out, grid, RESTS=rests)
+    return States(kvs, rest, zs), LinearState(kv, z, by.m_last)
 
 
 def forward(q, k, v, g, c, state: LinearState, normalize: bool, how: Plan):
@@ -86,55 +96,56 @@ def forward(q, k, v, g, c, state: LinearState, normalize: bool, how: Plan):
     from pallas_kernels.log_gate_attention.triton.forward import fused_kernel, outputs_kernel
 
     p = _problem(q, k, v)
-    sums = exponents(p, how.chunk, g, c, state.m)
+    by = decays(p, how.chunk, g, c, state.m)
     rows = (p.B, p.T, p.N)
     out = [_like((*rows, p.H), p.dtype), _like(rows), _like(rows)]
+    run = functools.partial(_run, NORMALIZE=normalize)
     if how.fused:
         out += [_like(state.kv.shape), _like(state.z.shape)]
         grid = (_count(p.H, how.forward.width), p.B * p.S, 1)
-        arrays = (q, k, v, state.kv, state.z, *sums)
-        y, n, den, kv, z = _run(fused_kernel, p, how.chunk, how.forward, arrays, out, grid, NORMALIZE=normalize)
-        return y, n, den, LinearState(kv, z, sums.scale[..., -1])
-    starts, last = chunk_states(p, how, k, v, state, sums)
-    one = how.outputs
-    parts = _count(p.N // p.S, one.heads) * _count(p.H, one.width)
+        y, n, den, kv, z = run(
+            fused_kernel, p, how.chunk, how.forward, (q, k, v, state.kv, state.z, *by[:8]), out, grid
+        )
+        return y, n, den, LinearState(kv, z, by.m_last)
+    starts, last = chunk_states(p, how, k, v, state, by, rests=False)
+    parts = _count(p.N // p.S, how.outputs.heads) * _count(p.H, how.outputs.width)
     grid = (p.B * p.S, _count(p.T, how.chunk), parts)
-    y, n, den = _run(
-        outputs_kernel, p, how.chunk, one, (q, k, v, *sums, *starts), out, grid, NORMALIZE=normalize
-    )  # fmt: skip
+    y, n, den = run(outputs_kernel, p, how.chunk, how.outputs, (q, k, v, *by[:6], starts.kvs, starts.zs), out, grid)
     return y, n, den, last
 
 
 def backward(q, k, v, g, c, state: LinearState, den, cotangents, normalize: bool, how: Plan):
     """Cotangents of ``(q, k, v, g, c, state)``, from those of ``(y, n, state)``."""
-    from pallas_kernels.log_gate_attention.triton.backward import keys_kernel, rows_kernel, state_cotangents_kernel
+    from pallas_kernels.log_gate_attention.triton.backward import cotangents_kernel, keys_kernel, rows_kernel
 
     dy, dn, dstate = cotangents
     p, C = _problem(q, k, v), how.chunk
-    sums = exponents(p, C, g, c, state.m)
-    starts, _ = chunk_states(p, how, k, v, state, sums)
+    rests = p.dtype != jnp.float32
+    by = decays(p, C, g, c, state.m)
+    starts, _ = chunk_states(p, how, k, v, state, by, rests)
     run = functools.partial(_run, NORMALIZE=normalize)
-
-    chunks, blocks = _count(p.T, C), _count(p.N // p.S, how.rows.heads)
+    chunks = _count(p.T, C)
     places = (p.B, p.S, chunks * C)
+
+    blocks = _count(p.N // p.S, how.rows.heads)
     out = [_like(q.shape, p.dtype), _like(dn.shape), _like((blocks, *places)), _like((blocks, *places))]
-    arrays = (q, k, v, dy, dn, den, *sums, *starts)
-    dq, b, dg, dc = run(rows_kernel, p, C, how.rows, arrays, out, (p.B * p.S, chunks, blocks))
+    arrays = (q, k, v, dy, dn, den, *by[:6], starts.kvs, starts.zs)
+    dq, b, dg_rows, dc_rows = run(rows_kernel, p, C, how.rows, arrays, out, (p.B * p.S, chunks, blocks))
 
-    one = how.cotangents
-    grid = (p.B * p.S, _count(p.F, one.features), _count(p.H, one.width))
-    out = [*(_like(x.shape, x.dtype) for x in starts), _like(state.kv.shape), _like(state.z.shape)]
-    arrays = (q, dy, b, den, dstate.kv, dstate.z, *sums)
-    *ends, dkv, dz = run(state_cotangents_kernel, p, C, one, arrays, out, grid)
+    grid = (p.B * p.S, _count(p.F, how.cotangents.features), _count(p.H, how.cotangents.width))
+    out = [*_states(p, C, rests), _like(state.kv.shape), _like(state.z.shape), _like((*grid[1:], p.B, p.S, chunks))]
+    arrays = (q, dy, b, den, dstate.kv, dstate.z, by.own, by.reads, by.keep, *starts)
+    *ends, dkv, dz, kept = run(cotangents_kernel, p, C, how.cotangents, arrays, out, grid)
 
-    shared = p.S // p.K
+    blocks, shared = C // how.keys.keys, p.S // p.K
     out = [_like(k.shape, k.dtype), _like((p.B, p.T, p.S, p.H), v.dtype if shared == 1 else jnp.float32)]
-    out += [_like(places), _like(places)]
-    arrays = (q, k, v, dy, b, den, *sums, *starts, *ends)
-    dk, dv, dg_state, dc_state = run(keys_kernel, p, C, how.keys, arrays, out, (p.B * p.S, chunks, 1))
+    out += [_like((blocks, *places)), _like(places)]
+    arrays = (q, k, v, dy, b, den, *by[:5], by.take, *ends)
+    dk, dv, dg_keys, dc_keys = run(keys_kernel, p, C, how.keys, arrays, out, (p.B * p.S, chunks, blocks))
     if shared > 1:
         dv = jnp.sum(dv.reshape(p.B, p.T, p.K, shared, p.H), 3).astype(v.dtype)
-    dg, dc = (jnp.moveaxis(jnp.sum(rows, 0) + one, 1, 2)[:, : p.T] for rows, one in ((dg, dg_state), (dc, dc_state)))
+    dg = jnp.sum(dg_rows, 0) + jnp.sum(dg_keys, 0) + jnp.repeat(jnp.sum(kept, (0, 1)), C, -1)
+    dg, dc = (jnp.moveaxis(x, 1, 2)[:, : p.T] for x in (dg, jnp.sum(dc_rows, 0) + dc_keys))
     return dq, dk, dv, dg, dc, LinearState(dkv, dz, jnp.zeros_like(state.m))
 
 

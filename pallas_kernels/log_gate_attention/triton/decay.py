@@ -1,13 +1,16 @@
-"""Triton: decays of a chunk. One kernel finds every exponent of the sequence; the others turn them into weights.
+"""Triton: decays of the whole sequence, found once by a kernel of their own; the other kernels only load them.
 
-Per state head and token, in arrays ``[B, S, L]`` of ``L = chunks · C`` places (``exponents`` says why they are exact):
+Per batch, state head and token, in arrays ``[B, S, L]`` of ``L = chunks · C`` places (``exponents`` says why exponents
+are split in two):
 
-- ``past``, ``rest``: sums of the coarse parts, and of the rests, of the chunk's gates up to here;
-- ``borders``: how many of them forget everything, int32;
-- ``hi``, ``lo``: coarse part and rest of the key's log weight before those sums; ``hi`` is -1e30 for an absent key;
-- ``top``: the largest ``hi`` in sight, -1e30 for none.
+- ``hi``, ``lo``: coarse part and rest of a key's log weight before the chunk's gates; ``hi`` of an absent one is -1e30;
+- ``M``: a row's scale on that same footing, about the largest ``hi`` in sight; -1e30 for none. ``own`` is the same
+  number with the gates in it, which is what the log normalizer is relative to;
+- ``start``: the first place of the chunk that the row sees, int32;
+- ``reads``: what the row reads of the state before the chunk: ``e^(m - M)`` or 0;
+- ``take``: what the state after the chunk takes of the key, and ``keep[B, S, chunks]``: what it keeps of the old state.
 
-``scale[B, S, chunks + 1]`` are the states' scales ``m``, the last one the final state's.
+``m_last[B, S]`` is the scale of the state after the last chunk.
 """
 
 import triton
@@ -16,12 +19,12 @@ import triton.language as tl
 EMPTY = tl.constexpr(-1e30)
 ABSENT = tl.constexpr(-1e29)
 GRAIN = tl.constexpr(128.0)
-SMALLEST = tl.constexpr(1e-30)
 
 
 @triton.jit
-def _larger_in_sight(x, x_border, y, y_border):
-    return tl.where(y_border > 0, y, tl.maximum(x, y)), tl.maximum(x_border, y_border)
+def _in_sight(x, start, y, next_start):
+    """Largest value since the latest border, and where that is: of ``(value, its place if a border, else 0)``."""
+    return tl.where(next_start > 0, y, tl.maximum(x, y)), tl.maximum(start, next_start)
 
 
 @triton.jit
@@ -31,8 +34,14 @@ def _then(shift, floor, next_shift, next_floor):
 
 
 @triton.jit
-def exponents_kernel(
-    g_ptr, c_ptr, m_ptr, past_ptr, rest_ptr, borders_ptr, hi_ptr, lo_ptr, top_ptr, scale_ptr, T, chunks,
+def _weight(there, exponent):
+    return tl.where(there, tl.exp(tl.where(there, exponent, 0.0)), 0.0)
+
+
+@triton.jit
+def decays_kernel(
+    g_ptr, c_ptr, m_ptr,
+    hi_ptr, lo_ptr, M_ptr, own_ptr, start_ptr, reads_ptr, take_ptr, keep_ptr, m_last_ptr, T, chunks,
     S: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """A program per batch and state head, ``CHUNKS`` chunks at a time."""
@@ -40,8 +49,7 @@ def exponents_kernel(
     batch, s = head // S, head % S
     chunk = tl.arange(0, CHUNKS)
     place = tl.arange(0, C)
-    m = tl.load(m_ptr + head)
-    tl.store(scale_ptr + head * (chunks + 1), m)
+    m_tile = tl.load(m_ptr + head)
     for first in range(0, chunks, CHUNKS):
         n = first + chunk
         t = n[:, None] * C + place[None, :]
@@ -49,8 +57,8 @@ def exponents_kernel(
         g = tl.load(g_ptr + at, mask=t < T, other=0.0)
         c = tl.load(c_ptr + at, mask=t < T, other=EMPTY)
 
-        border = (g <= ABSENT).to(tl.int32)
-        gate = tl.where(g <= ABSENT, 0.0, g)
+        forgets = g <= ABSENT
+        gate = tl.where(forgets, 0.0, g)
         coarse = tl.floor(gate * GRAIN + 0.5) / GRAIN
         past, rest = tl.cumsum(coarse, 1), tl.cumsum(gate - coarse, 1)
         there = c > ABSENT
@@ -58,78 +66,76 @@ def exponents_kernel(
         key_coarse = tl.floor(key * GRAIN + 0.5) / GRAIN
         hi = tl.where(there, key_coarse - past, EMPTY)
         lo = (key - key_coarse) - rest
-        borders = tl.cumsum(border, 1)
-        top, _ = tl.associative_scan((hi, border), 1, _larger_in_sight)
+        # A border at the first place has no keys of the chunk before it: only the carried state is out of sight.
+        top, start = tl.associative_scan((hi, tl.where(forgets, place[None, :], 0)), 1, _in_sight)
+        opens = tl.sum(tl.where(place[None, :] == 0, forgets.to(tl.int32), 0), 1)
+
+        # Scales of states, which may be off by rounding: weights are told their difference from the true ones.
+        last = place[None, :] == C - 1
+        total, total_rest = tl.sum(coarse, 1), tl.sum(gate - coarse, 1)
+        top_last, start_last = tl.sum(tl.where(last, top, 0.0), 1), tl.sum(tl.where(last, start, 0), 1)
+        cut = (opens + start_last) > 0
+        floor = tl.where(top_last > ABSENT, top_last + total, EMPTY)
+        shift, floor = tl.associative_scan((tl.where(cut, EMPTY, total), floor), 0, _then)
+        m_next = tl.maximum(m_tile + shift, floor)
+        m_next = tl.where(m_next > ABSENT, m_next, EMPTY)
+        earlier = tl.sum(tl.where(chunk[None, :] + 1 == chunk[:, None], m_next[None, :], 0.0), 1)
+        m = tl.where(chunk == 0, m_tile, earlier)
+        m_tile = tl.sum(tl.where(chunk == CHUNKS - 1, m_next, 0.0), 0)
+
+        carried = tl.where((opens[:, None] + start) > 0, EMPTY, m[:, None])
+        M = tl.maximum(top, carried)
+        own = tl.where(M > ABSENT, (M + past) + rest, EMPTY)
+        reads = _weight(carried > ABSENT, carried - M)
+
+        # M + total = sum + lost, exactly.
+        carried_last = tl.where(cut, EMPTY, m)
+        M_last = tl.maximum(top_last, carried_last)
+        sum_last = M_last + total
+        part = sum_last - M_last
+        lost = (M_last - (sum_last - part)) + (total - part)
+        factor = tl.where(M_last > ABSENT, (sum_last - m_next) + lost + total_rest, 0.0)
+        taken = there & (place[None, :] >= start_last[:, None])
+        take = _weight(taken, (hi - M_last[:, None]) + (lo + factor[:, None]))
+        keep = _weight(carried_last > ABSENT, (carried_last - M_last) + factor)
 
         out = head * chunks * C + t
         written = (n < chunks)[:, None] & (place >= 0)[None, :]
-        tl.store(past_ptr + out, past, mask=written)
-        tl.store(rest_ptr + out, rest, mask=written)
-        tl.store(borders_ptr + out, borders, mask=written)
         tl.store(hi_ptr + out, hi, mask=written)
         tl.store(lo_ptr + out, lo, mask=written)
-        tl.store(top_ptr + out, top, mask=written)
-
-        # A scale may be off by rounding: what it weighs is told its difference from the true one.
-        total, crossed = tl.sum(coarse, 1), tl.sum(border, 1)
-        highest = tl.max(tl.where(borders == crossed[:, None], hi, EMPTY), 1)
-        shift = tl.where(crossed > 0, EMPTY, total)
-        floor = tl.where(highest > ABSENT, highest + total, EMPTY)
-        shift, floor = tl.associative_scan((shift, floor), 0, _then)
-        scale = tl.maximum(m + shift, floor)
-        scale = tl.where(scale > ABSENT, scale, EMPTY)
-        tl.store(scale_ptr + head * (chunks + 1) + n + 1, scale, mask=n < chunks)
-        m = tl.sum(tl.where(chunk == CHUNKS - 1, scale, 0.0), 0)
+        tl.store(M_ptr + out, M, mask=written)
+        tl.store(own_ptr + out, own, mask=written)
+        tl.store(start_ptr + out, start, mask=written)
+        tl.store(reads_ptr + out, reads, mask=written)
+        tl.store(take_ptr + out, take, mask=written)
+        tl.store(keep_ptr + head * chunks + n, keep, mask=n < chunks)
+    tl.store(m_last_ptr + head, m_tile)
 
 
 @triton.jit
-def row_scale(top_ptr, borders_ptr, at, m):
-    """Of rows at places ``at``, after a state of scale ``m``: borders before them and their own scale, -1e30 for none."""
-    borders = tl.load(borders_ptr + at)
-    top = tl.load(top_ptr + at)
-    return borders, tl.maximum(top, tl.where(borders == 0, m, EMPTY))
+def pairs(hi_ptr, lo_ptr, M_ptr, start_ptr, at, i, C: tl.constexpr):
+    """Decays of each key ``j`` to rows at places ``i`` of the chunk at ``at``: ``[rows, C]``, 0 where not seen."""
+    j = tl.arange(0, C)
+    M = tl.load(M_ptr + at + i)[:, None]
+    start = tl.load(start_ptr + at + i)[:, None]
+    exponent = (tl.load(hi_ptr + at + j)[None, :] - M) + tl.load(lo_ptr + at + j)[None, :]
+    # Where nothing is in sight M is that of an absent key.
+    seen = (j[None, :] <= i[:, None]) & (j[None, :] >= start) & (M > ABSENT)
+    return tl.exp(tl.where(seen, exponent, EMPTY))
 
 
 @triton.jit
-def carried(borders, M, m):
-    """How much of the carried state a row reads: ``e^(m - M)`` where it is in sight."""
-    seen = tl.where(borders == 0, m, EMPTY) > ABSENT
-    return tl.where(seen, tl.exp(tl.where(seen, m - M, 0.0)), 0.0)
+def pairs_t(hi_ptr, lo_ptr, M_ptr, start_ptr, at, j, C: tl.constexpr):
+    """The same, transposed: of keys at places ``j`` to each row: ``[keys, C]``."""
+    i = tl.arange(0, C)
+    M = tl.load(M_ptr + at + i)[None, :]
+    start = tl.load(start_ptr + at + i)[None, :]
+    exponent = (tl.load(hi_ptr + at + j)[:, None] - M) + tl.load(lo_ptr + at + j)[:, None]
+    seen = (j[:, None] <= i[None, :]) & (j[:, None] >= start) & (M > ABSENT)
+    return tl.exp(tl.where(seen, exponent, EMPTY))
 
 
 @triton.jit
-def pair(hi, lo, M, seen):
-    """Decays ``e^((hi - M) + lo)`` of pairs that are ``seen``; a row's scale is -1e30 where all its keys are absent."""
-    M = tl.where(M > ABSENT, M, 0.0)
-    return tl.exp(tl.where(seen, (hi - M) + lo, EMPTY))
-
-
-@triton.jit
-def into_state(past_ptr, rest_ptr, borders_ptr, hi_ptr, lo_ptr, top_ptr, scale_ptr, start, C: tl.constexpr):
-    """Weights with which the next state takes each key of the chunk at ``start``, and keeps the carried state.
-
-    ``scale_ptr`` points to the carried state's scale, which the next one's follows.
-    """
-    m, m_next = tl.load(scale_ptr), tl.load(scale_ptr + 1)
-    end = start + C - 1
-    borders, M = row_scale(top_ptr, borders_ptr, end, m)
-    past, rest = tl.load(past_ptr + end), tl.load(rest_ptr + end)
-
-    # M + past = total + lost, exactly.
-    total = M + past
-    part = total - M
-    lost = (M - (total - part)) + (past - part)
-    factor = tl.where(M > ABSENT, (total - m_next) + lost + rest, 0.0)
-
-    at = start + tl.arange(0, C)
-    hi, lo = tl.load(hi_ptr + at), tl.load(lo_ptr + at)
-    take = pair(hi, lo + factor, M, tl.load(borders_ptr + at) == borders)
-    kept = tl.where(borders == 0, m, EMPTY) > ABSENT
-    keep = tl.where(kept, tl.exp(tl.where(kept, (m - M) + factor, 0.0)), 0.0)
-    return take, keep
-
-
-@triton.jit
-def unscale(M, past, rest):
-    """``e^(m/2)`` of a row, to be multiplied twice; 0 where ``M`` marks empty memory."""
-    return tl.where(M > ABSENT, tl.exp(0.5 * tl.where(M > ABSENT, (M + past) + rest, 0.0)), 0.0)
+def unscale(own):
+    """``e^(own/2)``, to be multiplied twice, so that only a result out of range overflows; 0 for empty memory."""
+    return _weight(own > ABSENT, 0.5 * own)

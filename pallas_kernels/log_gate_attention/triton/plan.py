@@ -12,11 +12,13 @@ _PROCESSORS = {"sm_80": 108, "sm_90": 132}
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Of one kernel: columns of features and of values in a tile, query heads in its rows, and how it is run."""
+    """Of one kernel: columns of features and of values in a tile, query heads or keys in its rows, and how it
+    is run."""
 
     features: int
     width: int
     heads: int = 1
+    keys: int = 1
     num_warps: int = 4
     num_stages: int = 2
 
@@ -60,10 +62,10 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     return Plan(
         chunk=C,
         fused=fused,
-        forward=Launch(F, fused_width, in_rows, 8 if F > 128 else 4, 2),
-        states=Launch(min(F, block), min(H, block), num_warps=4, num_stages=3),
-        outputs=Launch(min(F, block), min(H, 128), in_rows, 8, 2),
-        cotangents=Launch(min(F, block), min(H, block), in_rows, 4, 2),
-        rows=Launch(min(F, block), min(H, block), in_rows, 8, 2),
-        keys=Launch(F, H, 1, 8, 1),
+        forward=Launch(F, fused_width, in_rows, num_warps=8 if F > 128 else 4),
+        states=Launch(min(F, block), min(H, block), num_stages=3),
+        outputs=Launch(min(F, block), min(H, 128), in_rows, num_warps=8),
+        cotangents=Launch(min(F, block), min(H, block), in_rows, num_warps=8),
+        rows=Launch(min(F, block), min(H, block), 1, num_warps=8),
+        keys=Launch(F, H, keys=min(C, 32), num_warps=8, num_stages=1),
     )
