@@ -14,21 +14,23 @@ from pallas_kernels.log_gate_attention.pallas_tpu import forward as forward_pass
 from pallas_kernels.log_gate_attention.pallas_tpu.layout import (
     LANES,
     Plan,
-    choose_chunk,
+    both_halves,
     from_rows,
     gate_rows,
     narrow,
-    round_up,
+    plan_call,
     widen,
 )
-from pallas_kernels.log_gate_attention.problem import Implementation
+from pallas_kernels.log_gate_attention.problem import Implementation, Problem
 from pallas_kernels.log_gate_attention.state import LinearState
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-    from pallas_kernels.log_gate_attention.problem import Act, Problem
+    from pallas_kernels.log_gate_attention.problem import Act
     from pallas_kernels.target import Target
+
+TOO_LARGE = "the heads that share a state are too many or too wide for a TPU's VMEM"
 
 
 def _cast_maps(plan: Plan, arrays: dict[str, Array]) -> dict[str, Array]:
@@ -57,24 +59,24 @@ def _run_bwd(plan: Plan, arrays: dict[str, Array], cotangents: dict[str, Array])
 _run.defvjp(_run_fwd, _run_bwd)
 
 
-def _attend(q, k, v, g, c, state: LinearState, maps: dict[str, Array], features: int, **kind):
-    (B, T, N, width), (S, K, H) = q.shape, (g.shape[2], *v.shape[2:])
-    F, H_wide, X = round_up(features, LANES), round_up(H, LANES), round_up(width, LANES)
-    hint = kind.pop("chunk")
-    bytes_per_token = N // S * (2 * X + H_wide) * q.dtype.itemsize
-    plan = Plan(
-        B=B, T=T, N=N, S=S, K=K, F=F, H=H_wide, X=X, C=choose_chunk(hint, T, bytes_per_token), features=features,
-        dtype=q.dtype, interpret=targets.current().interpret, **kind,
-    )  # fmt: skip
+def _attend(
+    q, k, v, g, c, state: LinearState, maps: dict[str, Array], normalize: bool, act: Act | None, chunk: int
+) -> tuple[Array, Array, LinearState]:
+    (B, T, N, width), (K, H), (S, features) = q.shape, v.shape[2:], state.z.shape[1:]
+    problem = Problem(B, T, N, S, K, features, H, q.dtype, act=act, width=width if act else None)
+    plan = plan_call(problem, targets.current(), normalize, chunk)
+    if plan is None:
+        raise ValueError(TOO_LARGE)
+    F, H_wide = plan.F, plan.H
     g, c = gate_rows(plan, g, c)
     arrays = {
-        "q": widen(q, X), "k": widen(k, X), "v": widen(v, H_wide), "g": g, "c": c,
+        "q": widen(q, plan.X), "k": widen(k, plan.X), "v": widen(v, H_wide), "g": g, "c": c,
         "kv": jnp.pad(state.kv, ((0, 0), (0, 0), (0, F - features), (0, H_wide - H))),
         "z": jnp.pad(state.z, ((0, 0), (0, 0), (0, F - features)))[:, :, None],
         "m": state.m[..., None, None],
-        **maps,
+        **{name: both_halves(weights, plan.X, F) for name, weights in maps.items()},
     }  # fmt: skip
-    out = _run(plan, arrays)
+    out: dict[str, Array] = _run(plan, arrays)
     final = LinearState(out["kv"][:, :, :features, :H], out["z"][:, :, 0, :features], out["m"][:, :, 0, 0])
     return narrow(out["y"], N, H), from_rows(out["n"], T), final
 
@@ -91,10 +93,10 @@ def attend(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"], LinearState]:
     """One pass over the sequence; its gradient takes two, the first for the states before each chunk.
 
-    ``chunk`` is rounded up to a multiple of 16, at most 128. Widths are filled to multiples of 128 with zeros, which
-    costs nothing where they are.
+    ``chunk`` is a hint, see ``plan_call``. Widths are filled to multiples of 128 with zeros, which costs nothing where
+    they are.
     """
-    return _attend(q, k, v, g, c, state, {}, q.shape[3], normalize=normalize, act=None, chunk=chunk)
+    return _attend(q, k, v, g, c, state, {}, normalize, None, chunk)
 
 
 def attend_mapped(
@@ -110,16 +112,7 @@ def attend_mapped(
     chunk: int,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"], LinearState]:
     """The same from raw queries and keys: features live in VMEM alone, forward and backward."""
-    features = 2 * q_map.shape[2]
-    F, X = round_up(features, LANES), round_up(q.shape[3], LANES)
-
-    def both_halves(weights: Array) -> Array:
-        weights = weights.astype(jnp.float32)
-        weights = jnp.concatenate([weights, -weights], -1)
-        return jnp.pad(weights, ((0, 0), (0, X - weights.shape[1]), (0, F - features)))
-
-    maps = {"q_map": both_halves(q_map), "k_map": both_halves(k_map)}
-    return _attend(q, k, v, g, c, state, maps, features, normalize=True, act=act, chunk=chunk)
+    return _attend(q, k, v, g, c, state, {"q_map": q_map, "k_map": k_map}, True, act, chunk)
 
 
 def cannot_run(problem: Problem, target: Target) -> str | None:
@@ -133,7 +126,7 @@ def cannot_run(problem: Problem, target: Target) -> str | None:
             return f"{name} is {size}; pallas_tpu needs multiples of 16"
     if target.platform != "tpu":
         return f"pallas_tpu runs on TPUs; this process has {target.platform}"
-    return None
+    return None if plan_call(problem, target, normalize=True, chunk=LANES) else TOO_LARGE
 
 
 IMPLEMENTATION = Implementation(attend, attend_mapped, cannot_run)

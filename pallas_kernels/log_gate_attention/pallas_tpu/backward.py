@@ -119,9 +119,8 @@ def log_gate_backward(plan: Plan, ins: dict, outs: dict, sums: dict) -> None:
         dy, dn = chunk.rows("dy", head, plan.H), column(ins["dn"][0, head, 0])
         part = _of_head(decay, q.value, k, v, rounded, z, dy, dn, plan.normalize)
         dq = part.q
-        if plan.act:
-            raw, weights = chunk.raw_query(head), chunk.query_map(head)
-            dq, dmap = to_raw(plan, raw, weights, q, part.q)
+        if q.mapped is not None:
+            dq, dmap = to_raw(plan, q.mapped, part.q)
             _add(outs["q_map"], (0, p * plan.R + head), dmap, step == 0)
         outs["q"][0, :, head * plan.X : (head + 1) * plan.X] = dq.astype(plan.dtype)
         shared = part[1:] if shared is None else tuple(a + b for a, b in zip(shared, part[1:], strict=True))
@@ -146,8 +145,8 @@ def log_gate_backward(plan: Plan, ins: dict, outs: dict, sums: dict) -> None:
     outs["g"][0, 0, 0] = jnp.where(gates > ABSENT, _of_gates(exponent, since), 0.0)
     outs["c"][0, 0, 0] = jnp.sum(exponent, 0, keepdims=True)
 
-    if plan.act:
-        dk, dmap = to_raw(plan, chunk.rows("k"), chunk.key_map(), key, dk)
+    if key.mapped is not None:
+        dk, dmap = to_raw(plan, key.mapped, dk)
         _add(outs["k_map"], (0, p), dmap, step == 0)
         _write_sum(plan, outs["k"], sums.get("k"), dk)
     else:

@@ -55,20 +55,12 @@ class Chunk:
             x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) < self._left, x, jnp.zeros((), x.dtype))
         return x
 
-    def raw_query(self, head: int) -> Float[Array, "C X"]:
-        return self.rows("q", head, self._plan.X)
-
-    def query_map(self, head: int) -> Float[Array, "X F"] | None:
-        return self._refs["q_map"][self._head * self._plan.R + head] if self._plan.act else None
-
     def query(self, head: int) -> Features:
-        return features(self._plan, self.raw_query(head), self.query_map(head))
-
-    def key_map(self) -> Float[Array, "X F"] | None:
-        return self._refs["k_map"][self._head] if self._plan.act else None
+        weights = self._refs["q_map"][self._head * self._plan.R + head] if self._plan.act else None
+        return features(self._plan, self.rows("q", head, self._plan.X), weights)
 
     def key(self) -> Features:
-        return features(self._plan, self.rows("k"), self.key_map())
+        return features(self._plan, self.rows("k"), self._refs["k_map"][self._head] if self._plan.act else None)
 
     def gates(self) -> Float[Array, "1 C"]:
         return self._refs["g"][0, 0, 0]

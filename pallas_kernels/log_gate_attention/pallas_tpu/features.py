@@ -20,12 +20,20 @@ if TYPE_CHECKING:
     from pallas_kernels.log_gate_attention.pallas_tpu.layout import Plan
 
 
+class Mapped(NamedTuple):
+    """How features came about."""
+
+    raw: Float[Array, "C X"]
+    weights: Float[Array, "X F"]
+    exact: Float[Array, "C F"]  # fp32, before rounding
+
+
 class Features(NamedTuple):
-    """Features as they enter the matmuls and, where they were mapped, what led to them."""
+    """Features as they enter the matmuls."""
 
     value: Float[Array, "C F"]  # in the inputs' dtype
-    exact: Float[Array, "C F"] | None = None  # fp32, before rounding
     log_scale: Float[Array, "C 1"] | None = None  # of the map ``exp``
+    mapped: Mapped | None = None  # None where they were given
 
 
 def dot(a: Array, b: Array, axes: tuple[int, int] = (1, 0)) -> Float[Array, "rows columns"]:
@@ -66,19 +74,18 @@ def features(plan: Plan, x: Float[Array, "C X"], weights: Float[Array, "X F"] | 
     if plan.act == "exp":
         log_scale = jnp.max(scores, 1, keepdims=True)
         exact = jnp.exp(jnp.where(first | second, scores - log_scale, EMPTY))
-        return Features(exact.astype(plan.dtype), exact, log_scale)
+        return Features(exact.astype(plan.dtype), log_scale, Mapped(x, weights, exact))
     scores = jnp.where(first | second, scores, EMPTY)
     exact = jnp.exp(scores - _over_half(plan, jnp.max, scores, EMPTY))
     exact = exact / _over_half(plan, jnp.sum, exact, 0.0)
-    return Features(exact.astype(plan.dtype), exact)
+    return Features(exact.astype(plan.dtype), None, Mapped(x, weights, exact))
 
 
 def to_raw(
-    plan: Plan, x: Float[Array, "C X"], weights: Float[Array, "X F"], made: Features, cotangent: Float[Array, "C F"]
+    plan: Plan, mapped: Mapped, cotangent: Float[Array, "C F"]
 ) -> tuple[Float[Array, "C X"], Float[Array, "X F"]]:
-    """Cotangents of ``x`` and ``weights``, given that of the features; log scales are constants."""
-    assert made.exact is not None
+    """Cotangents of raw queries or keys and of the weights, given that of the features; log scales are constants."""
     if plan.act == "softmax":
-        cotangent = cotangent - _over_half(plan, jnp.sum, made.exact * cotangent, 0.0)
-    scores = (made.exact * cotangent).astype(plan.dtype)
-    return dot(scores, weights, (1, 1)), dot(x, scores, (0, 0))
+        cotangent = cotangent - _over_half(plan, jnp.sum, mapped.exact * cotangent, 0.0)
+    scores = (mapped.exact * cotangent).astype(plan.dtype)
+    return dot(scores, mapped.weights, (1, 1)), dot(mapped.raw, scores, (0, 0))

@@ -22,13 +22,14 @@ from pallas_kernels.log_gate_attention.state import EMPTY
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-    from pallas_kernels.log_gate_attention.problem import Act
+    from pallas_kernels.log_gate_attention.problem import Act, Problem
+    from pallas_kernels.target import Target
 
 LANES = 128
 LARGEST_CHUNK = 128
-# A step's blocks, two of each, and what is computed from them share a core's VMEM: 64 MiB and more on every chip that
-# has it to spare, of which XLA wants a part.
-VMEM_LIMIT = 48 * 2**20
+# Of a core's VMEM, 16 MiB on v4 and at least 64 MiB later, what a kernel may have beside XLA.
+VMEM = {"v4": 12 * 2**20}
+LARGE_VMEM = 48 * 2**20
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -45,6 +46,7 @@ class Plan:
         X: width of queries and keys in memory, a multiple of 128: ``F``, or that of raw ones where ``act`` is given.
         C: tokens of a chunk.
         act: the feature map to compute inside.
+        vmem: bytes of VMEM that a kernel may use.
     """
 
     B: int
@@ -60,6 +62,7 @@ class Plan:
     dtype: jnp.dtype
     normalize: bool
     act: Act | None
+    vmem: int
     interpret: bool
 
     @property
@@ -81,16 +84,39 @@ class Plan:
     def chunks(self) -> int:
         return -(-self.T // self.C)
 
+    @property
+    def needs(self) -> int:
+        """Bytes of VMEM that the backward kernel takes, the largest of them, judged from what the compiler reports.
+
+        Its token blocks, two of each, and what is computed from them in fp32; then what it holds for all chunks.
+        """
+        itemsize = jnp.dtype(self.dtype).itemsize
+        tokens = 2 * self.C * self.R * (2 * self.X + self.H) * itemsize
+        states = (self.P + 6) * self.F * self.H * 4
+        maps = (self.G + self.P) * self.X * self.F * 2 * (itemsize + 4) if self.act else 0
+        return 5 * tokens + states + maps
+
     def shape(self, *shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def choose_chunk(hint: int, T: int, bytes_per_token: int) -> int:
-    """Tokens of a chunk: 128 if the sequence is as long, the hint is as high and VMEM has the room."""
-    C = min(LARGEST_CHUNK, round_up(T, 16), round_up(hint, 16))
-    while C > 16 and 2 * C * bytes_per_token > VMEM_LIMIT // 2:
-        C = round_up(C // 2, 16)
-    return C
+def plan_call(problem: Problem, target: Target, normalize: bool, chunk: int) -> Plan | None:
+    """How to compute a problem; None where even the shortest chunk needs more VMEM than there is.
+
+    A chunk has 128 tokens, the width of a matrix unit, if the sequence and the hint ``chunk`` are no shorter and VMEM
+    has the room. Hints of 64 and more stand for 128: shorter chunks take as many passes of the matrix unit.
+    """
+    width = problem.F if problem.width is None else problem.width
+    plan = Plan(
+        B=problem.B, T=problem.T, N=problem.N, S=problem.S, K=problem.K,
+        F=round_up(problem.F, LANES), H=round_up(problem.H, LANES), X=round_up(width, LANES),
+        C=min(LARGEST_CHUNK if 2 * chunk >= LARGEST_CHUNK else round_up(chunk, 16), round_up(problem.T, 16)),
+        features=problem.F, dtype=problem.dtype, normalize=normalize, act=problem.act,
+        vmem=VMEM.get(target.chip or "", LARGE_VMEM), interpret=target.interpret,
+    )  # fmt: skip
+    while plan.needs > plan.vmem and plan.C > 16:
+        plan = dataclasses.replace(plan, C=round_up(plan.C // 2, 16))
+    return plan if plan.needs <= plan.vmem else None
 
 
 def widen(x: Float[Array, "B T heads width"], width: int) -> Float[Array, "B T lanes"]:
@@ -102,6 +128,13 @@ def widen(x: Float[Array, "B T heads width"], width: int) -> Float[Array, "B T l
 def narrow(x: Float[Array, "B T lanes"], heads: int, width: int) -> Float[Array, "B T heads width"]:
     """What ``widen`` was given."""
     return x.reshape(*x.shape[:2], heads, -1)[..., :width]
+
+
+def both_halves(weights: Float[Array, "heads X half"], X: int, F: int) -> Float[Array, "heads X F"]:
+    """A feature map and its negative side by side in fp32, filled with zeros to ``[heads, X, F]``."""
+    weights = weights.astype(jnp.float32)
+    weights = jnp.concatenate([weights, -weights], -1)
+    return jnp.pad(weights, ((0, 0), (0, X - weights.shape[1]), (0, F - weights.shape[2])))
 
 
 def to_rows(x: Float[Array, "B T heads"], chunk: int, fill: float) -> Float[Array, "B heads chunks 1 C"]:
@@ -187,7 +220,7 @@ def call(plan: Plan, kernel: Callable, inputs: dict, in_specs: dict, outputs: di
         out_shape=(outputs,),
         scratch_shapes=[{name: pltpu.VMEM(shape, jnp.float32) for name, shape in scratch.items()}],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=plan.vmem
         ),
         interpret=plan.interpret,
         name=getattr(kernel, "func", kernel).__name__,
