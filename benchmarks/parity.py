@@ -1,0 +1,114 @@
+"""The parity suite, long: thousands of drawn cases of one implementation against the recurrence in float64.
+
+    python -m benchmarks.parity --implementation xla --cases 10000
+
+Each case draws a shape (T 1 to 1,000, G 1 to 8, F and H 16 to 256, with and without the feature map inside), a dtype,
+and values, gates and segments as ``tests/kernels/parity.py`` does. A line per case goes to ``runs/parity/NAME.jsonl``;
+the worst of every result stays in ``benchmarks/parity.json``, beside those of other implementations. Kernels run on
+their hardware where it is here, and in their interpreters, slowly, where it is not. Exits 1 if a case misses the
+tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from tests.kernels import parity
+from tests.kernels.parity import Shape
+
+HERE = Path(__file__).resolve().parent
+SHAPES = [
+    Shape(1, 1, 8, 1, 1, 16, 16),
+    Shape(2, 3, 4, 4, 4, 32, 16, normalize=False),
+    Shape(1, 16, 2, 1, 2, 16, 64),
+    Shape(1, 63, 4, 1, 1, 16, 16),
+    Shape(1, 64, 6, 2, 2, 48, 16),
+    Shape(2, 65, 4, 2, 4, 16, 32, normalize=False),
+    Shape(1, 100, 7, 1, 1, 32, 32),
+    Shape(1, 128, 4, 4, 4, 64, 48),
+    Shape(1, 129, 8, 2, 2, 128, 64),
+    Shape(1, 200, 2, 2, 2, 16, 256),
+    Shape(1, 257, 2, 1, 1, 256, 128),
+    Shape(1, 500, 4, 2, 2, 16, 16, chunk=16),
+    Shape(1, 640, 3, 1, 3, 32, 16, chunk=128),
+    Shape(1, 1000, 2, 1, 1, 16, 16),
+    Shape(1, 2, 4, 2, 2, 16, 16, act="softmax", X=16),
+    Shape(1, 33, 4, 2, 4, 32, 16, act="exp", X=32),
+    Shape(2, 70, 4, 1, 1, 64, 64, act="softmax", X=16),
+    Shape(1, 130, 8, 1, 1, 32, 48, act="exp", X=48),
+    Shape(1, 200, 2, 2, 2, 128, 64, act="exp", X=64),
+    Shape(1, 300, 2, 1, 2, 16, 16, act="softmax", X=32),
+    Shape(1, 1000, 2, 1, 1, 16, 16, act="exp", X=16),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--implementation", default="xla", help="which one (default %(default)s)")
+    parser.add_argument("--cases", type=int, default=10_000, help="how many (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=HERE / "parity.json", help="summary (default %(default)s)")
+    arguments = parser.parse_args()
+    name = arguments.implementation
+    if name == "reference" or name not in parity.implementations():
+        known = ", ".join(other for other in parity.implementations() if other != "reference")
+        print(f"error: no implementation {name!r} to measure here; choose from {known}", file=sys.stderr)
+        return 2
+    if arguments.cases < 1:
+        print("error: --cases must be at least 1", file=sys.stderr)
+        return 2
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    rng = np.random.default_rng(arguments.seed)
+    log = Path("runs/parity") / f"{name}.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+
+    worst: dict[str, dict[str, dict]] = {}
+    counts: dict[str, int] = {}
+    missed, start = 0, time.time()
+    # Shape by shape, so that each is compiled once.
+    plan = sorted(
+        (int(rng.integers(len(SHAPES))), str(rng.choice(["float32", "bfloat16"])), i) for i in range(arguments.cases)
+    )
+    with log.open("w") as lines:
+        for shape, dtype, case in tqdm(plan, unit="case", desc=name):
+            values = parity.draw(np.random.default_rng((arguments.seed, case)))
+            errors = parity.errors(name, SHAPES[shape], values, dtype)
+            told = {"shape": dataclasses.asdict(SHAPES[shape]), "draw": dataclasses.asdict(values)}
+            lines.write(json.dumps({"case": case, "dtype": dtype, "errors": errors} | told) + "\n")
+            counts[dtype] = counts.get(dtype, 0) + 1
+            missed += any(not error <= parity.TOLERANCE[dtype] for error in errors.values())
+            for result, error in errors.items():
+                before = worst.setdefault(dtype, {}).get(result)
+                if before is None or not error <= before["error"]:
+                    worst[dtype][result] = {"error": error} | told
+
+    kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    options = f"--implementation {name} --cases {arguments.cases} --seed {arguments.seed}"
+    kept[name] = {
+        "command": f"python -m benchmarks.parity {options}",
+        "platform": jax.default_backend(),
+        "interpreted": name in parity.STAND_INS and parity.STAND_INS[name].platform != jax.default_backend(),
+        "cases": counts, "missed": missed, "seconds": round(time.time() - start), "worst": worst,
+    }  # fmt: skip
+    part = arguments.out.with_suffix(".part")
+    part.write_text(json.dumps(kept, indent=1) + "\n")
+    part.replace(arguments.out)
+    print(f"{'result':8}" + "".join(f"{dtype:>12}" for dtype in worst))
+    for result in worst[next(iter(worst))]:
+        row = [f"{worst[dtype][result]['error']:.1e}" if result in worst[dtype] else "-" for dtype in worst]
+        print(f"{result:8}" + "".join(f"{cell:>12}" for cell in row))
+    print(f"{arguments.cases} cases, {missed} missed; every case in {log}, the worst in {arguments.out}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
