@@ -11,7 +11,8 @@ kernel; with ``--only`` it prints alone. Exits 1 if anything does not compile or
 allotted, of which a core has 64 (none where the compiler saw no shortage). ``spills`` are the bytes stored and loaded
 for want of registers, each instruction of the program counted once: a thread's on a GPU, a core's on a TPU. A TPU
 kernel works on blocks larger than its registers and keeps them in VMEM, one load away: spills there are usual, and a
-cost, not a failure.
+cost, not a failure. ``traffic`` is of the whole pass: bytes of device memory moved over compulsory bytes, where kernels
+and what XLA adds around them read operands and write results once, and compulsory are arguments and results.
 """
 
 from __future__ import annotations
@@ -47,20 +48,24 @@ def rows_of(gate: Gate) -> list[dict]:
         return [{**row, "error": "compiled, without a kernel in it"}]
     seconds = round(time.perf_counter() - start, 1)
     memory = "vmem" if gate.chip in TPUS else "shared"
+    of_pass = {"traffic": round(compiled.traffic, 2), "seconds": seconds}
     return [
-        {**row, "name": k.name, memory: k.memory, "registers": k.registers, "spills": k.spills, "seconds": seconds}
+        {**row, "name": k.name, memory: k.memory, "registers": k.registers, "spills": k.spills, **of_pass}
         for k in compiled.kernels
     ]
 
 
 def table(rows: list[dict]) -> str:
     """One line per row."""
-    heads = ["kernel", "pass", "F", "target", "name", "memory", "registers", "spills"]
+    heads = ["kernel", "pass", "F", "target", "name", "memory", "registers", "spills", "traffic"]
     lines = [heads]
     for row in rows:
         memory = row.get("vmem", row.get("shared"))
         told = [row["kernel"], row["pass"], row["F"], row["target"]]
-        told += [row["error"]] if "error" in row else [row["name"], memory, row["registers"], row["spills"]]
+        if "error" in row:
+            told.append(row["error"])
+        else:
+            told += [row["name"], memory, row["registers"], row["spills"], row["traffic"]]
         lines.append(["" if cell is None else str(cell) for cell in told])
     widths = [max(len(line[i]) for line in lines if len(line) == len(heads)) for i in range(len(heads))]
     return "\n".join(

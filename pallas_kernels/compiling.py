@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -92,6 +93,17 @@ class Compiled:
     chip: str
     kernels: tuple[Kernel, ...]
     executable: jax.stages.Compiled
+
+    @property
+    def traffic(self) -> float:
+        """Bytes moved over compulsory bytes, from the shapes in the compiled module.
+
+        Moved: every kernel and every operation that XLA left around them reads its operands once and writes its
+        results once, wherever XLA puts them. What a kernel reads twice is not seen here. Compulsory: the function's
+        arguments and results.
+        """
+        moved, compulsory = _bytes_moved(self.executable.as_text() or "")
+        return moved / compulsory
 
 
 def compile_for(chip: str, function: Callable, *arguments: PyTree[jax.ShapeDtypeStruct]) -> Compiled:
@@ -318,6 +330,32 @@ def _assembled(ptx: str, dynamic: dict[str, int]) -> dict[str, Kernel]:
             memory = dynamic[name] + (int(static[1]) if static else 0)
             kernels[name] = Kernel(name, memory, int(registers), spills)
     return kernels
+
+
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-start", "copy-done"}
+_BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "f64": 64}
+
+
+def _bytes_moved(hlo: str) -> tuple[int, int]:
+    """Of the entry computation of a module: bytes of all operands and results, and of its arguments and results."""
+
+    def size(kind: str) -> int:
+        return sum(
+            _BITS[name] // 8 * math.prod(int(n) for n in dims.split(",") if n)
+            for name, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", kind)
+        )
+
+    sizes, moved, compulsory = {}, 0, 0
+    for line in hlo[hlo.index("\nENTRY ") :].splitlines()[2:]:
+        told = re.match(r"\s*(ROOT )?%?(\S+) = (.*?) ([a-z-]+)\((.*?)\)(?:,|$)", re.sub(r"/\*.*?\*/", "", line))
+        if told is None:
+            continue
+        root, name, kind, operation, operands = told.groups()
+        sizes[name] = size(kind)
+        if operation not in _FREE:
+            moved += sizes[name] + sum(sizes.get(operand, 0) for operand in re.findall(r"%([^\s,]+)", operands))
+        compulsory += sizes[name] * ((operation == "parameter") + bool(root))
+    return moved, compulsory
 
 
 def _fields(message: bytes) -> dict[int, Any]:

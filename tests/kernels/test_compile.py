@@ -102,6 +102,16 @@ def test_a_function_is_traced_for_its_chip_in_a_process_that_stays_as_it_was(mon
 
 
 @needs("gpu")
+def test_bytes_moved_are_counted_around_the_kernels():
+    """A fusion reads and writes a matrix once; a product of matrices in between is written and read again."""
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    once = compile_for("sm_80", lambda x: x + 1, x)
+    twice = compile_for("sm_80", lambda x: jnp.linalg.norm(jnp.flip(x + 1) @ x), x)
+    assert once.traffic == 1.0
+    assert twice.traffic > 3.0
+
+
+@needs("gpu")
 def test_a_triton_kernel_that_wants_more_shared_memory_than_a_block_has_fails(monkeypatch):
     small = dataclasses.replace(compiling._GPUS["sm_80"], shared=1000)
     monkeypatch.setitem(compiling._GPUS, "sm_80", small)
