@@ -59,9 +59,9 @@ _TILES = {
     (2, 128): Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)),
     (2, 256): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     (4, 32): Tiles(Tile(128, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (4, 64): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
+    (4, 64): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 2), Tile(32, 32, 4, 2)),
     (4, 128): Tiles(Tile(32, 32, 8, 2), Tile(32, 16, 8, 2), Tile(32, 32, 8, 1)),
-    (4, 256): Tiles(Tile(32, 16, 8, 1), Tile(16, 16, 8, 2), Tile(32, 16, 8, 1)),
+    (4, 256): Tiles(Tile(32, 16, 8, 1), Tile(16, 16, 8, 2), Tile(16, 16, 8, 1)),
 }
 
 
@@ -181,7 +181,7 @@ def _cannot_run(problem: Problem, target: Target) -> str | None:
     if problem.dtype not in (jnp.bfloat16, jnp.float32):
         return f"triton computes in bfloat16 or float32, not {problem.dtype}"
     if problem.H % 16 or problem.H > 256:
-        return f"H is {problem.H}; triton needs a multiple of 16, at most 256"
+        return f"H is {problem.H}; triton needs multiples of 16, at most 256"
     if problem.N // problem.K > MOST_GROUPED:
         return f"{problem.N // problem.K} query heads share a key head; triton takes at most {MOST_GROUPED}"
     return None

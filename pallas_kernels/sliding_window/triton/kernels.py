@@ -242,10 +242,11 @@ def window_key_gradient(
     d_values = tl.zeros((KEYS, WIDTH_TILE), tl.float32)
     row = tl.arange(0, ROWS)
     # The tile's last key is met W-1 indices later at most.
-    for offset in range(0, WINDOW + KEYS - 1, TOKENS):
+    # Of the tokens whose windows hold a key of the tile, those of the text.
+    end = tl.minimum(WINDOW + KEYS - 1, WINDOW + T - start)
+    for offset in range(tl.maximum(0, WINDOW - start), end, TOKENS):
         token, q_head = offset + row // GROUP, head * GROUP + row % GROUP
-        inside = (row // GROUP < TOKENS) & (token < WINDOW + KEYS - 1)
-        inside &= (start - WINDOW + token >= 0) & (start - WINDOW + token < T)
+        inside = (row // GROUP < TOKENS) & (token < end)
         q1, q2 = _load_halves(q, token * N + q_head, inside, column, real, HALF)
         if ROPE:
             q1, q2 = _turn(q1, q2, cos, sin, token, inside, column, real, HALF)
