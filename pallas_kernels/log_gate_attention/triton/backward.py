@@ -153,7 +153,7 @@ def cotangents_kernel(
     dkv = load_tile(dkv_ptr + head * F * H, f, h, f < F, H)
     dz = tl.load(dz_ptr + head * F + f, mask=f < F, other=0.0)
     dz = tl.where(tl.arange(0, 16)[None, :] == 0, dz[:, None], 0.0)
-    for back in range(chunks):
+    for back in tl.range(0, chunks, disable_licm=True):
         n = chunks - 1 - back
         at = head * chunks + n
         rounded = dkv.to(dkvs_ptr.dtype.element_ty)
@@ -174,7 +174,7 @@ def cotangents_kernel(
         blocks = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
         tl.store(kept_ptr + (blocks * tl.num_programs(0) + head) * chunks + n, kept)
         reads = tl.load(reads_ptr + at * C + i)
-        for block in tl.static_range(0, N // S, HEADS):
+        for block in tl.range(0, N // S, HEADS, disable_licm=True):
             r = block + x // C
             rows_in = (n * C + i < T) & (r < N // S)
             first_row = (batch * T + n * C) * N + s * (N // S)
@@ -229,7 +229,7 @@ def keys_kernel(
     dg = tl.sum(tl.where(j[None, :] < place[:, None], into[None, :], 0.0), 1)
     tl.store(dg_ptr + ((block * tl.num_programs(0) + head) * chunks + n) * C + place, dg)
 
-    for r in range(N // S):
+    for r in tl.range(0, N // S, disable_licm=True):
         first_row = token * N + s * (N // S) + r
         a = _row_factor(den_ptr + first_row, own_ptr + at * C + place, place * N, rows_in, NORMALIZE)
         b = tl.load(b_ptr + first_row + place * N, mask=rows_in, other=0.0)

@@ -35,7 +35,7 @@ def states_kernel(
     kv = load_tile(kv_ptr + head * F * H, f, h, f < F, H)
     z = tl.load(z_ptr + head * F + f, mask=f < F, other=0.0)
     z = tl.where(tl.arange(0, 16)[None, :] == 0, z[:, None], 0.0)
-    for n in range(chunks):
+    for n in tl.range(0, chunks, disable_licm=True):
         at = head * chunks + n
         rounded = kv.to(kvs_ptr.dtype.element_ty)
         store_tile(kvs_ptr + at * F * H, f, h, f < F, rounded, H)
@@ -139,14 +139,14 @@ def fused_kernel(
     kv = load_tile(kv_ptr + head * F * H, f, h, f < F, H)
     z = tl.load(z_ptr + head * F + f, mask=f < F, other=0.0)
     z = tl.where(tl.arange(0, 16)[None, :] == 0, z[:, None], 0.0)
-    for n in range(chunks):
+    for n in tl.range(0, chunks, disable_licm=True):
         at = head * chunks + n
         token, keys_in = batch * T + n * C, n * C + place < T
         key = load_tile_t(k_ptr + (token * S + s) * F, place * S, f, keys_in, F)
         v = load_tile(v_ptr + (token * K + s // (S // K)) * H, place * K, h, keys_in, H)
         rounded = kv.to(v.dtype)
         sums = in_columns(tl.sum(z, 1), v.dtype)
-        for block in tl.static_range(0, N // S, HEADS):
+        for block in tl.range(0, N // S, HEADS, disable_licm=True):
             r = block + x // C
             rows_in = (n * C + i < T) & (r < N // S)
             first_row = token * N + s * (N // S)

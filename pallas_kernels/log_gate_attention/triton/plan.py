@@ -48,24 +48,30 @@ def power(x: int, least: int = 1) -> int:
 
 
 def plan(problem: Problem, target: Target, chunk: int) -> Plan:
-    """Defaults. A pass that carries the state gives no work to most of the chip where batch and heads are few."""
+    """Defaults: the largest tiles that compile without register spills at the shapes of 7-8B models.
+
+    Outputs and states are computed in one pass where batch and heads fill the card twice over; Ampere's registers allow
+    it only where every query head has a state of its own.
+    """
     wide = problem.dtype.itemsize > 2
-    F, H = power(problem.F, 16), power(problem.H, 16)
-    C = max(16, min(64, 1 << (chunk.bit_length() - 1), power(problem.T)))
-    C = min(C, 32) if wide or F + H > 384 else C
-    heads = power(problem.N // problem.S)
-    in_rows = max(1, min(heads, (64 if wide else 128) // C))
+    ampere = (target.chip or "sm_90") < "sm_90"
+    F, H, group = power(problem.F, 16), power(problem.H, 16), problem.N // problem.S
+    C = max(16, min(32 if wide else 64, 1 << (chunk.bit_length() - 1), power(problem.T)))
+    heads = min(power(group), max(1, (64 if wide else 128) // C))
     block = 32 if wide else 64
-    fused_width = min(H, 32 if wide else 64)
-    programs = problem.B * problem.S * (H // fused_width)
-    fused = programs >= 2 * _PROCESSORS.get(target.chip or "", 132) and heads <= 4
+    width = min(H, 32 if wide or ampere or F > 128 else 64)
+    room = F <= 128 or (group == 1 and not ampere)
+    fills = problem.B * problem.S * (H // width) >= 2 * _PROCESSORS.get(target.chip or "", 132)
+    tile = (min(F, block), min(H, block))
+    small = group == 1 and F <= 128  # one query head's rows and a state of half the registers
+    few = ampere and group > 1 and F <= 128
     return Plan(
         chunk=C,
-        fused=fused,
-        forward=Launch(F, fused_width, in_rows, num_warps=8 if F > 128 else 4),
-        states=Launch(min(F, block), min(H, block), num_stages=3),
-        outputs=Launch(min(F, block), min(H, 128), in_rows, num_warps=8),
-        cotangents=Launch(min(F, block), min(H, block), in_rows, num_warps=8),
-        rows=Launch(min(F, block), min(H, block), 1, num_warps=8),
-        keys=Launch(F, H, keys=min(C, 32), num_warps=8, num_stages=1),
+        fused=fills and room and (group == 1 or not ampere),
+        forward=Launch(F, width, heads, num_warps=4 if small else 8, num_stages=2 if small and not ampere else 1),
+        states=Launch(*tile, num_stages=3),
+        outputs=Launch(tile[0], tile[1] if ampere else min(H, 128), heads, num_warps=8),
+        cotangents=Launch(*tile, 1 if ampere else heads, num_warps=8),
+        rows=Launch(*tile, 1 if ampere else heads, num_warps=8),
+        keys=Launch(F, H, keys=min(C, 16 if few else 32), num_warps=8, num_stages=2 if few else 1),
     )
