@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
 from pallas_kernels import partition, target
 from pallas_kernels.sliding_window import sliding_window
@@ -44,11 +45,11 @@ SHAPES = [
     Shape(2, 7, 4, 4, 32, 3, rope=False, learned=3),
     Shape(1, 63, 8, 1, 16, 64, sink=False),
     Shape(1, 64, 6, 2, 48, 33, prefix=4),
-    Shape(2, 129, 4, 2, 64, 128),
+    Shape(1, 129, 4, 2, 64, 128),
     Shape(1, 128, 2, 1, 128, 32, rope=False, learned=2, prefix=3, own_prefix=True),
     Shape(1, 300, 2, 2, 16, 130, sink=False, prefix=2, own_prefix=True),
     Shape(1, 530, 3, 1, 16, 20),
-    Shape(1, 20, 2, 1, 256, 300),
+    Shape(2, 20, 1, 1, 256, 140),
 ]
 # What only plain JAX takes: odd widths.
 ODD = [Shape(2, 33, 6, 2, 10, 5, learned=2, prefix=3), Shape(1, 100, 2, 1, 6, 40, rope=False)]
@@ -124,7 +125,7 @@ def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(error / size) if size > 1e-35 else float(error)
 
 
-def hold(implementation: str, s: Shape, dtype: str, kinds=("one", "packed", "start"), scale: float = 1.0) -> None:
+def hold(implementation: str, s: Shape, dtype: str, kinds=("packed", "start"), scale: float = 1.0) -> None:
     wide = "float64" if dtype == "float64" else "float32"
     seed = zlib.crc32(str((s, dtype)).encode())
     for kind in kinds:
@@ -163,7 +164,7 @@ def test_parity_of_odd_shapes(shape):
 
 @pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[5], ODD[0]], ids=str)
 def test_parity_fp64(shape):
-    hold("xla", shape, "float64")
+    hold("xla", shape, "float64", kinds=("one", "packed", "start"))
 
 
 @plain
@@ -266,7 +267,7 @@ def test_default_fits_the_platform():
 def test_a_kernel_that_cannot_run_says_why(name):
     with target.override(Target("cpu")), pytest.raises(ValueError, match=rf"cannot run {name}: {name} runs on .*cpu"):
         sliding_window(*arguments(), window=4, implementation=name)
-    with parity.scope(name), pytest.raises(ValueError, match=f"cannot run {name}: H is 20; {name} needs multiples"):
+    with parity.scope(name), pytest.raises(ValueError, match=f"cannot run {name}: H is 20; {name} needs"):
         sliding_window(*arguments(H=20), window=4, implementation=name)
 
 
@@ -287,6 +288,15 @@ def test_bad_input_is_told_in_one_line():
         op(q, k, v, *ids, learned_k=jnp.zeros((2, 2, 16)))
     with pytest.raises(ValueError, match="need the positions"):
         op(q, k, v, *ids, prefix_k=jnp.zeros((4, 1, 2, 2, 16)), prefix_v=jnp.zeros((4, 1, 2, 2, 16)))
+
+
+def test_no_step_of_a_tpu_kernel_races_with_another():
+    s = Shape(1, 530, 2, 2, 16, 130)
+    arrays, rest, weights = jax.tree.map(jnp.float32, inputs(s, 0, "packed", 1.0))
+    rest |= {name: rest[name].astype(jnp.int32) for name in ("q_segments", "k_segments", "positions")}
+    run("pallas_tpu", s, arrays, rest, weights)
+    assert interpret_pallas_call.races is not None
+    assert not interpret_pallas_call.races.races_found
 
 
 def test_split_over_devices():
