@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.log_gate_attention.pallas_tpu.chunk import Chunk, inputs, state_shapes
+from pallas_kernels.log_gate_attention.pallas_tpu.chunk import Chunk, inputs, inverse, state_shapes
 from pallas_kernels.log_gate_attention.pallas_tpu.decay import Decay, column, decays, places, row
 from pallas_kernels.log_gate_attention.pallas_tpu.features import dot, dot_finely, to_raw
 from pallas_kernels.log_gate_attention.pallas_tpu.layout import Blocks, Plan, call
-from pallas_kernels.log_gate_attention.state import ABSENT, SMALLEST
+from pallas_kernels.log_gate_attention.state import ABSENT
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -52,14 +52,13 @@ def _of_head(
     reads_z = decay.carried * jnp.sum(wide * z, 1, keepdims=True)
     reads_kv = decay.carried * jnp.sum(wide * on_state, 1, keepdims=True)
     den = jnp.sum(scores, 1, keepdims=True) + reads_z
-    held = den > SMALLEST
-    inverse = jnp.where(held, 1.0 / jnp.where(held, den, 1.0), 0.0)
+    over = inverse(den)
     if normalize:
-        y_dy = (jnp.sum(scores * on_values, 1, keepdims=True) + reads_kv) * inverse
-        a, b = inverse, (dn - y_dy) * inverse
+        y_dy = (jnp.sum(scores * on_values, 1, keepdims=True) + reads_kv) * over
+        a, b = over, (dn - y_dy) * over
     else:
         half = jnp.exp(0.5 * decay.level)
-        a, b = half * half, dn * inverse
+        a, b = half * half, dn * over
 
     weights = a * on_values + b
     dscores = (decay.pair * weights).astype(dtype)

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.log_gate_attention.pallas_tpu.decay import Decay, row
 from pallas_kernels.log_gate_attention.pallas_tpu.features import Features, dot, features
-from pallas_kernels.log_gate_attention.state import ABSENT
+from pallas_kernels.log_gate_attention.state import ABSENT, SMALLEST
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -69,6 +69,12 @@ class Chunk:
         """Log scale of each key, that of its features included."""
         c = self._refs["c"][0, 0, 0]
         return c if key.log_scale is None else jnp.where(c > ABSENT, c + row(key.log_scale), c)
+
+
+def inverse(den: Float[Array, "C 1"]) -> Float[Array, "C 1"]:
+    """``1/den``, and 0 where nothing was met."""
+    held = den > SMALLEST
+    return jnp.where(held, pl.reciprocal(jnp.where(held, den, 1.0)), 0.0)
 
 
 def advance(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.log_gate_attention.pallas_tpu.chunk import Chunk, advance, inputs, state_shapes
+from pallas_kernels.log_gate_attention.pallas_tpu.chunk import Chunk, advance, inputs, inverse, state_shapes
 from pallas_kernels.log_gate_attention.pallas_tpu.decay import Decay, decays, row
 from pallas_kernels.log_gate_attention.pallas_tpu.features import Features, dot
 from pallas_kernels.log_gate_attention.pallas_tpu.layout import Blocks, Plan, call
@@ -20,26 +20,30 @@ if TYPE_CHECKING:
 
 def _read(
     decay: Decay,
+    level: Float[Array, "1 C"],
     q: Features,
     k: Float[Array, "C F"],
     v: Float[Array, "C H"],
     kv: Float[Array, "F H"],
     z: Float[Array, "1 F"],
     normalize: bool,
-) -> tuple[Float[Array, "C H"], Float[Array, "C 1"]]:
-    """Output and log normalizer of one query head; ``kv`` is rounded to the inputs' dtype."""
+) -> tuple[Float[Array, "C H"], Float[Array, "1 C"]]:
+    """Output and log normalizer of one query head; ``kv`` is rounded to the inputs' dtype, ``level`` is ``decay``'s.
+
+    A column fills 16 registers where a row fills one, so logarithms are taken of rows.
+    """
     weights = dot(q.value, k, (1, 1)) * decay.pair
     num = dot(weights.astype(v.dtype), v) + decay.carried * dot(q.value, kv)
     reads_z = jnp.sum(q.value.astype(jnp.float32) * z, 1, keepdims=True)
     den = jnp.sum(weights, 1, keepdims=True) + decay.carried * reads_z
-    safe = jnp.where(den > SMALLEST, den, 1.0)
     if normalize:
-        y = num * jnp.where(den > SMALLEST, 1.0 / safe, 0.0)
+        y = num * inverse(den)
     else:
         half = jnp.exp(0.5 * decay.level)
         y = num * half * half
-    n = decay.level + jnp.log(safe)
-    n = n if q.log_scale is None else n + q.log_scale
+    den = row(den)
+    n = level + jnp.log(jnp.where(den > SMALLEST, den, 1.0))
+    n = n if q.log_scale is None else n + row(q.log_scale)
     return y, jnp.where(den > SMALLEST, n, EMPTY)
 
 
@@ -56,11 +60,11 @@ def log_gate_forward(plan: Plan, ins: dict, outs: dict, state: dict) -> None:
     key, v = chunk.key(), chunk.rows("v")
     decay = decays(chunk.gates(), chunk.key_scales(key), state["m"][p])
     kv, z = state["kv"][p], state["z"][p]
-    rounded = kv.astype(plan.dtype)
+    rounded, level = kv.astype(plan.dtype), row(decay.level)
     for head in range(plan.R):
-        y, n = _read(decay, chunk.query(head), key.value, v, rounded, z, plan.normalize)
+        y, n = _read(decay, level, chunk.query(head), key.value, v, rounded, z, plan.normalize)
         outs["y"][0, :, head * plan.H : (head + 1) * plan.H] = y.astype(plan.dtype)
-        outs["n"][0, head, 0] = row(n)
+        outs["n"][0, head, 0] = n
     state["kv"][p], state["z"][p] = advance(decay, key.value, v, kv, z)
     state["m"][p] = decay.m
 
