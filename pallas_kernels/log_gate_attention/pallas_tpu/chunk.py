@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.log_gate_attention.pallas_tpu.decay import Decay, row
 from pallas_kernels.log_gate_attention.pallas_tpu.features import Features, dot, features
@@ -74,7 +75,7 @@ class Chunk:
 def inverse(den: Float[Array, "C 1"]) -> Float[Array, "C 1"]:
     """``1/den``, and 0 where nothing was met."""
     held = den > SMALLEST
-    return jnp.where(held, pl.reciprocal(jnp.where(held, den, 1.0)), 0.0)
+    return jnp.where(held, pltpu.reciprocal(jnp.where(held, den, 1.0)), 0.0)
 
 
 def advance(
