@@ -31,8 +31,8 @@ TILE = 128
 """Queries of a tile, and the lanes of a vector register."""
 
 LARGEST_BLOCK = 512
-VMEM = 14 << 20
-"""What a kernel may plan for, in bytes, of the 16 MiB that a TPU gives one by default."""
+VMEM = 12 << 20
+"""What a kernel may plan for, in bytes; of the 16 MiB that a TPU gives it by default, the compiler wants some."""
 
 
 def _round_up(size: int, multiple: int) -> int:
@@ -178,7 +178,7 @@ def _precision(dtype: jnp.dtype) -> lax.Precision:
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
-def _forward_kernel(layout: _Layout, turned: bool, sink, *refs):
+def _window_forward(layout: _Layout, turned: bool, sink, *refs):
     turns, (q_segments, k_segments, q, k, v, y, n) = list(refs[: 2 * turned]), refs[2 * turned :]
     a_bt, at_b, _ = _dots(_precision(q.dtype))
     scale, width, head = layout.H**-0.5, layout.width, pl.program_id(1)
@@ -201,7 +201,7 @@ def _forward_kernel(layout: _Layout, turned: bool, sink, *refs):
             n[g : g + 1, rows] = jnp.where(there, top + jnp.log(total), ABSENT)
 
 
-def _backward_kernel(layout: _Layout, turned: bool, sink, *refs):
+def _window_backward(layout: _Layout, turned: bool, sink, *refs):
     turns, refs = list(refs[: 2 * turned]), refs[2 * turned :]
     q_segments, k_segments, q, k, v, n, dy, dn, dq, dk, dv, dsink, dk_slab, dv_sum, dk_sum = refs
     a_bt, at_b, a_b = _dots(_precision(q.dtype))
@@ -276,7 +276,7 @@ def _forward(q, k, v, q_segments, k_segments, sink, frequencies, window):
     rows = (layout.B, layout.K, layout.G, layout.padded)
     lanes = (layout.B, layout.padded, layout.N * layout.width)
     y, n = _call(
-        _forward_kernel, layout, layout.blocks, sink, frequencies,
+        _window_forward, layout, layout.blocks, sink, frequencies,
         [
             ("q_segments", q_segments), ("k_segments", k_segments),
             ("queries", layout.queries(q)), ("keys", layout.keys(k)), ("keys", layout.keys(v)),
@@ -297,7 +297,7 @@ def _backward(q, k, v, q_segments, k_segments, sink, frequencies, window, y, n, 
     sums = jax.ShapeDtypeStruct((layout.B, keys, layout.K * layout.width), k.dtype)
     slab = pltpu.VMEM((layout.slab, layout.width), jnp.float32)
     dq, dk, dv, dsink = _call(
-        _backward_kernel, layout, -(-keys // layout.block), sink, frequencies,
+        _window_backward, layout, -(-keys // layout.block), sink, frequencies,
         [
             ("q_segments", q_segments), ("k_segments", k_segments),
             ("queries", layout.queries(q)), ("keys", layout.keys(k)), ("keys", layout.keys(v)),
