@@ -8,9 +8,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.log_gate_attention.problem import Implementation, Problem
 from pallas_kernels.log_gate_attention.triton.attend import attend
+from pallas_kernels.log_gate_attention.triton.attend_mapped import attend_mapped
 from pallas_kernels.target import Target
-
-_CHIPS = ("sm_80", "sm_90")
 
 
 def cannot_run(problem: Problem, target: Target) -> str | None:
@@ -23,9 +22,9 @@ def cannot_run(problem: Problem, target: Target) -> str | None:
         return "triton takes gates of one value per head, not per feature"
     if problem.dtype not in (jnp.bfloat16, jnp.float32):
         return f"triton takes bfloat16 and float32, not {problem.dtype}"
-    sizes = {"F": problem.F, "H": problem.H}
+    sizes = {"F": problem.F, "H": problem.H} | ({"X": problem.width} if problem.width else {})
     wrong = next((f"{name} is {size}" for name, size in sizes.items() if size % 16 or size > 256), None)
     return wrong and f"{wrong}; triton needs multiples of 16 up to 256"
 
 
-IMPLEMENTATION = Implementation(attend, attend, cannot_run)
+IMPLEMENTATION = Implementation(attend, attend_mapped, cannot_run)

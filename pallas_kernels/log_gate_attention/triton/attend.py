@@ -36,22 +36,44 @@ def _like(shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _problem(q: Array, k: Array, v: Array) -> Problem:
-    (B, T, N, F), S, (K, H) = q.shape, k.shape[2], v.shape[2:]
-    return Problem(B, T, N, S, K, F, H, q.dtype)
-
-
 def _count(length: int, step: int) -> int:
     return -(-length // step)
 
 
+class Operands(NamedTuple):
+    """Queries and keys: features, whose maps and shifts are not read, or raw with what ``features`` says of a map."""
+
+    q: Float[Array, "B T N F"] | Float[Array, "B T N X"]
+    q_map: Float[Array, "N X E"] | Float[Array, "1"]
+    q_shift: Float[Array, "2 B T N"] | Float[Array, "1"]
+    k: Float[Array, "B T S F"] | Float[Array, "B T K X"]
+    k_map: Float[Array, "S X E"] | Float[Array, "1"]
+    k_shift: Float[Array, "2 B T S"] | Float[Array, "1"]
+
+
 def _run(kernel, p: Problem, C: int, how: Launch, arrays, out_shape, grid, **sizes):
     given = {"N": p.N, "K": p.K, "HEADS": how.heads, "KEYS": how.keys, "BF": how.features, "BH": how.width}
-    given |= {"RESTS": p.dtype != jnp.float32, "PRECISION": "ieee" if p.dtype == jnp.float32 else "tf32"} | sizes
+    given |= {"RESTS": _rests(p), "PRECISION": _precision(p)}
+    given |= {"X": p.width or 0, "BX": power(p.width or 16, 16), "SOFTMAX": p.act == "softmax"} | sizes
     return launch(
         kernel, *arrays, out_shape=out_shape, grid=grid, num_warps=how.num_warps, num_stages=how.num_stages, T=p.T,
         chunks=_count(p.T, C), S=p.S, F=p.F, H=p.H, C=C, **{k: v for k, v in given.items() if k in kernel.arg_names},
     )  # fmt: skip
+
+
+def _precision(p: Problem) -> str:
+    return "ieee" if p.dtype == jnp.float32 else "tf32"
+
+
+def _rests(p: Problem) -> bool:
+    """Whether a matmul's operand is less than fp32."""
+    return p.dtype != jnp.float32
+
+
+def _blocks(p: Problem, how: Launch) -> tuple[int, int, int]:
+    """A program per batch, state head and ``[BF, BH]`` block of a state, which lies in one half of mapped features."""
+    halves = 2 if p.act else 1
+    return p.B * p.S, halves * _count(p.F // halves, how.features), _count(p.H, how.width)
 
 
 def decays(p: Problem, C: int, g, c, m) -> Decays:
@@ -80,22 +102,21 @@ def _states(p: Problem, C: int, rests: bool) -> list[jax.ShapeDtypeStruct]:
     return [_like((*shape, p.H), p.dtype), _like((*shape, p.H) if rests else (1,), p.dtype), _like(shape)]
 
 
-def chunk_states(p: Problem, how: Plan, k, v, state: LinearState, by: Decays, rests: bool):
+def chunk_states(p: Problem, how: Plan, x: Operands, v, state: LinearState, by: Decays, rests: bool):
     """The states before each chunk, and the last one."""
     from pallas_kernels.log_gate_attention.triton.forward import states_kernel
 
     out = [*_states(p, how.chunk, rests), _like(state.kv.shape), _like(state.z.shape)]
-    grid = (p.B * p.S, _count(p.F, how.states.features), _count(p.H, how.states.width))
-    arrays = (k, v, state.kv, state.z, by.take, by.keep)
+    arrays = (*x[3:], v, state.kv, state.z, by.take, by.keep)
+    grid = _blocks(p, how.states)
     kvs, rest, zs, kv, z = _run(states_kernel, p, how.chunk, how.states, arrays, out, grid, RESTS=rests)
     return States(kvs, rest, zs), LinearState(kv, z, by.m_last)
 
 
-def forward(q, k, v, g, c, state: LinearState, normalize: bool, how: Plan):
+def forward(p: Problem, how: Plan, x: Operands, v, g, c, state: LinearState, normalize: bool):
     """``(y, n, den, final state)``; ``den`` is the rows' sum of weights relative to their scale in their chunk."""
     from pallas_kernels.log_gate_attention.triton.forward import fused_kernel, outputs_kernel
 
-    p = _problem(q, k, v)
     by = decays(p, how.chunk, g, c, state.m)
     rows = (p.B, p.T, p.N)
     out = [_like((*rows, p.H), p.dtype), _like(rows), _like(rows)]
@@ -103,66 +124,75 @@ def forward(q, k, v, g, c, state: LinearState, normalize: bool, how: Plan):
     if how.fused:
         out += [_like(state.kv.shape), _like(state.z.shape)]
         grid = (_count(p.H, how.forward.width), p.B * p.S, 1)
-        y, n, den, kv, z = run(
-            fused_kernel, p, how.chunk, how.forward, (q, k, v, state.kv, state.z, *by[:8]), out, grid
-        )
+        arrays = (x.q, x.k, v, state.kv, state.z, *by[:8])
+        y, n, den, kv, z = run(fused_kernel, p, how.chunk, how.forward, arrays, out, grid)
         return y, n, den, LinearState(kv, z, by.m_last)
-    starts, last = chunk_states(p, how, k, v, state, by, rests=False)
+    starts, last = chunk_states(p, how, x, v, state, by, rests=False)
     parts = _count(p.N // p.S, how.outputs.heads) * _count(p.H, how.outputs.width)
     grid = (p.B * p.S, _count(p.T, how.chunk), parts)
-    y, n, den = run(outputs_kernel, p, how.chunk, how.outputs, (q, k, v, *by[:6], starts.kvs, starts.zs), out, grid)
+    y, n, den = run(outputs_kernel, p, how.chunk, how.outputs, (*x, v, *by[:6], starts.kvs, starts.zs), out, grid)
     return y, n, den, last
 
 
-def backward(q, k, v, g, c, state: LinearState, den, cotangents, normalize: bool, how: Plan):
-    """Cotangents of ``(q, k, v, g, c, state)``, from those of ``(y, n, state)``."""
+def backward(p: Problem, how: Plan, x: Operands, v, g, c, state: LinearState, den, cotangents, normalize: bool):
+    """Cotangents of queries, keys (of their scores, where there is a map), ``(v, g, c, state)``."""
     from pallas_kernels.log_gate_attention.triton.backward import cotangents_kernel, keys_kernel, rows_kernel
 
     dy, dn, dstate = cotangents
-    p, C = _problem(q, k, v), how.chunk
-    rests = p.dtype != jnp.float32
+    C, rests = how.chunk, _rests(p)
     by = decays(p, C, g, c, state.m)
-    starts, _ = chunk_states(p, how, k, v, state, by, rests)
+    starts, _ = chunk_states(p, how, x, v, state, by, rests)
     run = functools.partial(_run, NORMALIZE=normalize)
-    chunks = _count(p.T, C)
+    chunks, E = _count(p.T, C), p.F // 2 if p.act else p.F
     places = (p.B, p.S, chunks * C)
 
     blocks = _count(p.N // p.S, how.rows.heads)
-    out = [_like(q.shape, p.dtype), _like(dn.shape), _like((blocks, *places)), _like((blocks, *places))]
-    arrays = (q, k, v, dy, dn, den, *by[:6], starts.kvs, starts.zs)
+    out = [_like((p.B, p.T, p.N, E), p.dtype), _like(dn.shape), _like((blocks, *places)), _like((blocks, *places))]
+    arrays = (*x, v, dy, dn, den, *by[:6], starts.kvs, starts.zs)
     dq, b, dg_rows, dc_rows = run(rows_kernel, p, C, how.rows, arrays, out, (p.B * p.S, chunks, blocks))
 
-    grid = (p.B * p.S, _count(p.F, how.cotangents.features), _count(p.H, how.cotangents.width))
+    grid = _blocks(p, how.cotangents)
     out = [*_states(p, C, rests), _like(state.kv.shape), _like(state.z.shape), _like((*grid[1:], p.B, p.S, chunks))]
-    arrays = (q, dy, b, den, dstate.kv, dstate.z, by.own, by.reads, by.keep, *starts)
+    arrays = (*x[:3], dy, b, den, dstate.kv, dstate.z, by.own, by.reads, by.keep, *starts)
     *ends, dkv, dz, kept = run(cotangents_kernel, p, C, how.cotangents, arrays, out, grid)
 
     blocks, shared = C // how.keys.keys, p.S // p.K
-    out = [_like(k.shape, k.dtype), _like((p.B, p.T, p.S, p.H), v.dtype if shared == 1 else jnp.float32)]
+    out = [_like((p.B, p.T, p.S, E), p.dtype), _like((p.B, p.T, p.S, p.H), p.dtype if shared == 1 else jnp.float32)]
     out += [_like((blocks, *places)), _like(places)]
-    arrays = (q, k, v, dy, b, den, *by[:5], by.take, *ends)
+    arrays = (*x, v, dy, b, den, *by[:5], by.take, *ends)
     dk, dv, dg_keys, dc_keys = run(keys_kernel, p, C, how.keys, arrays, out, (p.B * p.S, chunks, blocks))
     if shared > 1:
-        dv = jnp.sum(dv.reshape(p.B, p.T, p.K, shared, p.H), 3).astype(v.dtype)
+        dv = jnp.sum(dv.reshape(p.B, p.T, p.K, shared, p.H), 3).astype(p.dtype)
     dg = jnp.sum(dg_rows, 0) + jnp.sum(dg_keys, 0) + jnp.repeat(jnp.sum(kept, (0, 1)), C, -1)
     dg, dc = (jnp.moveaxis(x, 1, 2)[:, : p.T] for x in (dg, jnp.sum(dc_rows, 0) + dc_keys))
     return dq, dk, dv, dg, dc, LinearState(dkv, dz, jnp.zeros_like(state.m))
 
 
+def _given(q, k, v) -> tuple[Problem, Operands]:
+    """Features as they are."""
+    (B, T, N, F), S, (K, H) = q.shape, k.shape[2], v.shape[2:]
+    unread = jnp.zeros((1,), q.dtype)
+    return Problem(B, T, N, S, K, F, H, q.dtype), Operands(q, unread, unread, k, unread, unread)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def attend_by(q, k, v, g, c, state: LinearState, normalize: bool, how: Plan):
     """``attend`` with every size given."""
-    y, n, _, state = forward(q, k, v, g, c, state, normalize, how)
+    p, x = _given(q, k, v)
+    y, n, _, state = forward(p, how, x, v, g, c, state, normalize)
     return y, n, state
 
 
 def _attend_fwd(q, k, v, g, c, state, normalize, how):
-    y, n, den, last = forward(q, k, v, g, c, state, normalize, how)
+    p, x = _given(q, k, v)
+    y, n, den, last = forward(p, how, x, v, g, c, state, normalize)
     return (y, n, last), (q, k, v, g, c, state, den)
 
 
 def _attend_bwd(normalize, how, saved, cotangents):
-    return backward(*saved, cotangents, normalize, how)
+    q, k, v, g, c, state, den = saved
+    p, x = _given(q, k, v)
+    return backward(p, how, x, v, g, c, state, den, cotangents, normalize)
 
 
 attend_by.defvjp(_attend_fwd, _attend_bwd)
@@ -179,4 +209,4 @@ def attend(
     chunk: int,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"], LinearState]:
     """The op as ``Implementation.attend``; ``plan`` chooses tiles, and chunks of at most ``chunk`` tokens."""
-    return attend_by(q, k, v, g, c, state, normalize, plan(_problem(q, k, v), target.current(), chunk))
+    return attend_by(q, k, v, g, c, state, normalize, plan(_given(q, k, v)[0], target.current(), chunk))

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.log_gate_attention.triton.decay import pairs, pairs_t, unscale
-from pallas_kernels.log_gate_attention.triton.forward import SMALLEST
+from pallas_kernels.log_gate_attention.triton.features import features, features_t, scores, scores_t, to_scores
+from pallas_kernels.log_gate_attention.triton.forward import SMALLEST, block_of_features
 from pallas_kernels.log_gate_attention.triton.tiles import in_columns, load_tile, load_tile_t, store_tile
 
 
@@ -35,30 +36,33 @@ def _row_factor(den_ptr, own_ptr, row, rows_in, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def _on_state(
-    dy_ptr, kvs_ptr, row, rows_in, f, ROWS: tl.constexpr,
-    F: tl.constexpr, H: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
+    dy_ptr, kvs_ptr, row, rows_in, f, inside, ROWS: tl.constexpr,
+    H: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dy·kvᵀ`` of each row: ``[ROWS, BF]``."""
     out = tl.zeros((ROWS, BF), tl.float32)
     for start in range(0, H, BH):
         h = start + tl.arange(0, BH)
         dy = load_tile(dy_ptr, row, h, rows_in, H)
-        kv = load_tile_t(kvs_ptr, f, h, f < F, H)
+        kv = load_tile_t(kvs_ptr, f, h, inside, H)
         out = tl.dot(dy, kv, out, input_precision=PRECISION)
     return out
 
 
 @triton.jit
 def rows_kernel(
-    q_ptr, k_ptr, v_ptr, dy_ptr, dn_ptr, den_ptr, hi_ptr, lo_ptr, M_ptr, own_ptr, start_ptr, reads_ptr,
-    kvs_ptr, zs_ptr, dq_ptr, b_ptr, dg_ptr, dc_ptr, T, chunks,
+    q_ptr, q_map_ptr, q_shift_ptr, k_ptr, k_map_ptr, k_shift_ptr, v_ptr, dy_ptr, dn_ptr, den_ptr,
+    hi_ptr, lo_ptr, M_ptr, own_ptr, start_ptr, reads_ptr, kvs_ptr, zs_ptr,
+    dq_ptr, b_ptr, dg_ptr, dc_ptr, T, chunks,
     N: tl.constexpr, S: tl.constexpr, K: tl.constexpr, F: tl.constexpr, H: tl.constexpr,
+    X: tl.constexpr, BX: tl.constexpr, SOFTMAX: tl.constexpr,
     C: tl.constexpr, HEADS: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
     NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries, ``b``, and what reaches gates and key scales through outputs; of ``HEADS`` query heads.
 
-    ``dg`` and ``dc`` are ``[blocks of query heads, B, S, L]``, to be summed over the first axis.
+    ``dq`` holds the cotangents of scores where there is a map, and a tile then holds all ``E``. ``dg`` and ``dc`` are
+    ``[blocks of query heads, B, S, L]``, to be summed over the first axis.
     """
     head = tl.program_id(0).to(tl.int64)
     batch, s = head // S, head % S
@@ -71,10 +75,19 @@ def rows_kernel(
     first_row = token * N + s * (N // S)
     row = i * N + r
     at = head * chunks + n
-    q_ptr += first_row * F
-    dq_ptr += first_row * F
+    E: tl.constexpr = F if X == 0 else F // 2
+    HALVES: tl.constexpr = 1 if X == 0 else 2
+    STEP: tl.constexpr = S if X == 0 else K
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
+    batches = tl.num_programs(0).to(tl.int64) // S
+    q_ptr += first_row * (F if X == 0 else X)
+    q_map_ptr += (s * (N // S) + block) * X * E
+    q_shift_ptr += first_row
+    k_shift_ptr += token * S + s
+    k_map_ptr += s * X * E
+    dq_ptr += first_row * E
     dy_ptr += first_row * H
-    k_ptr += (token * S + s) * F
+    k_ptr += (token * S + s) * F if X == 0 else (token * K + s // (S // K)) * X
     kvs_ptr += at * F * H
     v_ptr += (token * K + s // (S // K)) * H
 
@@ -84,41 +97,52 @@ def rows_kernel(
         dy = load_tile(dy_ptr, row, h, rows_in, H)
         v = load_tile_t(v_ptr, place * K, h, keys_in, H)
         on_values = tl.dot(dy, v, on_values, input_precision=PRECISION)
-    scores = tl.zeros((HEADS * C, C), tl.float32)
+    qk = tl.zeros((HEADS * C, C), tl.float32)
     reads_kv = tl.zeros((HEADS * C,), tl.float32)
-    for start in range(0, F, BF):
-        f = start + tl.arange(0, BF)
-        q = load_tile(q_ptr, row, f, rows_in, F)
-        k = load_tile_t(k_ptr, place * S, f, keys_in, F)
-        scores = tl.dot(q, k, scores, input_precision=PRECISION)
-        if NORMALIZE:
-            on_state = _on_state(dy_ptr, kvs_ptr, row, rows_in, f, HEADS * C, F, H, BF, BH, PRECISION)
-            reads_kv += tl.sum(q.to(tl.float32) * on_state, 1)
+    for start in range(0, E, BF):
+        e = start + tl.arange(0, BF)
+        s_q = scores(q_ptr, q_map_ptr, row, rows_in, e, E, X, BX, PRECISION)
+        s_k = scores_t(k_ptr, k_map_ptr, place * STEP, keys_in, e, E, X, BX, PRECISION)
+        for half in tl.static_range(HALVES):
+            q = features(s_q, q_shift_ptr + half * batches * T * N, row, rows_in, e, half, E, X, dtype)
+            k = features_t(s_k, k_shift_ptr + half * batches * T * S, place * S, keys_in, e, half, E, X, dtype)
+            qk = tl.dot(q, k, qk, input_precision=PRECISION)
+            if NORMALIZE:
+                on_state = _on_state(
+                    dy_ptr, kvs_ptr, row, rows_in, half * E + e, e < E, HEADS * C, H, BF, BH, PRECISION
+                )
+                reads_kv += tl.sum(q.to(tl.float32) * on_state, 1)
 
     decays = pairs(hi_ptr, lo_ptr, M_ptr, start_ptr, at * C, i, C)
     reads = tl.load(reads_ptr + at * C + i)
     a = _row_factor(den_ptr + first_row, own_ptr + at * C + i, row, rows_in, NORMALIZE)
     dn = tl.load(dn_ptr + first_row + row, mask=rows_in, other=0.0)
     if NORMALIZE:
-        b = (dn - (tl.sum(scores * decays * on_values, 1) + reads * reads_kv) * a) * a
+        b = (dn - (tl.sum(qk * decays * on_values, 1) + reads * reads_kv) * a) * a
     else:
         b = dn * _inverse(den_ptr + first_row, row, rows_in)
     tl.store(b_ptr + first_row + row, b, mask=rows_in)
 
     dscores = decays * (a[:, None] * on_values + b[:, None])
-    rounded = dscores.to(q_ptr.dtype.element_ty)
-    exponent = scores * dscores
+    rounded = dscores.to(dtype)
+    exponent = qk * dscores
     since = tl.zeros((HEADS * C,), tl.float32)
-    for start in range(0, F, BF):
-        f = start + tl.arange(0, BF)
-        on_state = _on_state(dy_ptr, kvs_ptr, row, rows_in, f, HEADS * C, F, H, BF, BH, PRECISION)
-        z = tl.load(zs_ptr + at * F + f, mask=f < F, other=0.0)
-        on_state = reads[:, None] * (a[:, None] * on_state + b[:, None] * z[None, :])
-        q = load_tile(q_ptr, row, f, rows_in, F)
-        since += tl.sum(q.to(tl.float32) * on_state, 1)
-        k = load_tile(k_ptr, place * S, f, keys_in, F)
-        dq = tl.dot(rounded, k, on_state, input_precision=PRECISION)
-        store_tile(dq_ptr, row, f, rows_in, dq, F)
+    for start in range(0, E, BF):
+        e = start + tl.arange(0, BF)
+        s_q = scores(q_ptr, q_map_ptr, row, rows_in, e, E, X, BX, PRECISION)
+        s_k = scores(k_ptr, k_map_ptr, place * STEP, keys_in, e, E, X, BX, PRECISION)
+        out = tl.zeros((HEADS * C, BF), tl.float32)
+        for half in tl.static_range(HALVES):
+            f = half * E + e
+            on_state = _on_state(dy_ptr, kvs_ptr, row, rows_in, f, e < E, HEADS * C, H, BF, BH, PRECISION)
+            z = tl.load(zs_ptr + at * F + f, mask=e < E, other=0.0)
+            on_state = reads[:, None] * (a[:, None] * on_state + b[:, None] * z[None, :])
+            q = features(s_q, q_shift_ptr + half * batches * T * N, row, rows_in, e, half, E, X, dtype)
+            since += tl.sum(q.to(tl.float32) * on_state, 1)
+            k = features(s_k, k_shift_ptr + half * batches * T * S, place * S, keys_in, e, half, E, X, dtype)
+            dq = tl.dot(rounded, k, on_state, input_precision=PRECISION)
+            out = dq if X == 0 else out + to_scores(q, dq, half, SOFTMAX)
+        store_tile(dq_ptr, row, e, rows_in, out, E)
 
     if HEADS > 1:
         exponent = tl.sum(tl.reshape(exponent, (HEADS, C, C)), 0)
@@ -132,9 +156,9 @@ def rows_kernel(
 
 @triton.jit
 def cotangents_kernel(
-    q_ptr, dy_ptr, b_ptr, den_ptr, dkv_ptr, dz_ptr, own_ptr, reads_ptr, keep_ptr, kvs_ptr, kv_rests_ptr, zs_ptr,
-    dkvs_ptr, rests_ptr, dzs_ptr, dkv_out_ptr, dz_out_ptr, kept_ptr, T, chunks,
-    N: tl.constexpr, S: tl.constexpr, F: tl.constexpr, H: tl.constexpr,
+    q_ptr, q_map_ptr, q_shift_ptr, dy_ptr, b_ptr, den_ptr, dkv_ptr, dz_ptr, own_ptr, reads_ptr, keep_ptr,
+    kvs_ptr, kv_rests_ptr, zs_ptr, dkvs_ptr, rests_ptr, dzs_ptr, dkv_out_ptr, dz_out_ptr, kept_ptr, T, chunks,
+    N: tl.constexpr, S: tl.constexpr, F: tl.constexpr, H: tl.constexpr, X: tl.constexpr, BX: tl.constexpr,
     C: tl.constexpr, HEADS: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
     RESTS: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -145,31 +169,33 @@ def cotangents_kernel(
     """
     head = tl.program_id(0).to(tl.int64)
     batch, s = head // S, head % S
-    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    half, e, f, inside = block_of_features(tl.program_id(1), F, BF, X)
+    E: tl.constexpr = F if X == 0 else F // 2
+    batches = tl.num_programs(0).to(tl.int64) // S
     h = tl.program_id(2) * BH + tl.arange(0, BH)
     x = tl.arange(0, HEADS * C)
     i = x % C
     first = tl.program_id(2) == 0
-    dkv = load_tile(dkv_ptr + head * F * H, f, h, f < F, H)
-    dz = tl.load(dz_ptr + head * F + f, mask=f < F, other=0.0)
+    dkv = load_tile(dkv_ptr + head * F * H, f, h, inside, H)
+    dz = tl.load(dz_ptr + head * F + f, mask=inside, other=0.0)
     dz = tl.where(tl.arange(0, 16)[None, :] == 0, dz[:, None], 0.0)
     for back in tl.range(0, chunks, disable_licm=True):
         n = chunks - 1 - back
         at = head * chunks + n
         rounded = dkv.to(dkvs_ptr.dtype.element_ty)
-        store_tile(dkvs_ptr + at * F * H, f, h, f < F, rounded, H)
+        store_tile(dkvs_ptr + at * F * H, f, h, inside, rounded, H)
         if RESTS:
-            store_tile(rests_ptr + at * F * H, f, h, f < F, dkv - rounded.to(tl.float32), H)
+            store_tile(rests_ptr + at * F * H, f, h, inside, dkv - rounded.to(tl.float32), H)
         if first:
-            tl.store(dzs_ptr + at * F + f, tl.sum(dz, 1), mask=f < F)
+            tl.store(dzs_ptr + at * F + f, tl.sum(dz, 1), mask=inside)
         keep = tl.load(keep_ptr + at)
         dkv, dz = keep * dkv, keep * dz
-        kv = load_tile(kvs_ptr + at * F * H, f, h, f < F, H).to(tl.float32)
+        kv = load_tile(kvs_ptr + at * F * H, f, h, inside, H).to(tl.float32)
         if RESTS:
-            kv += load_tile(kv_rests_ptr + at * F * H, f, h, f < F, H).to(tl.float32)
+            kv += load_tile(kv_rests_ptr + at * F * H, f, h, inside, H).to(tl.float32)
         kept = tl.sum(tl.sum(kv * dkv, 1), 0)
         if first:
-            z = tl.load(zs_ptr + at * F + f, mask=f < F, other=0.0)
+            z = tl.load(zs_ptr + at * F + f, mask=inside, other=0.0)
             kept += tl.sum(z * tl.sum(dz, 1), 0)
         blocks = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
         tl.store(kept_ptr + (blocks * tl.num_programs(0) + head) * chunks + n, kept)
@@ -181,65 +207,106 @@ def cotangents_kernel(
             row = i * N + r
             a = _row_factor(den_ptr + first_row, own_ptr + at * C + i, row, rows_in, NORMALIZE)
             b = tl.load(b_ptr + first_row + row, mask=rows_in, other=0.0)
-            q = load_tile_t(q_ptr + first_row * F, row, f, rows_in, F)
+            q_map = q_map_ptr + (s * (N // S) + block) * X * E
+            q = scores_t(q_ptr + first_row * (F if X == 0 else X), q_map, row, rows_in, e, E, X, BX, PRECISION)
+            shift = q_shift_ptr + half * batches * T * N + first_row
+            q = features_t(q, shift, row, rows_in, e, half, E, X, dy_ptr.dtype.element_ty)
             dy = load_tile(dy_ptr + first_row * H, row, h, rows_in, H)
             scaled = (dy.to(tl.float32) * (reads * a)[:, None]).to(dy.dtype)
             dkv = tl.dot(q, scaled, dkv, input_precision=PRECISION)
             dz = tl.dot(q, in_columns(reads * b, q.dtype), dz, input_precision=PRECISION)
-    store_tile(dkv_out_ptr + head * F * H, f, h, f < F, dkv, H)
+    store_tile(dkv_out_ptr + head * F * H, f, h, inside, dkv, H)
     if first:
-        tl.store(dz_out_ptr + head * F + f, tl.sum(dz, 1), mask=f < F)
+        tl.store(dz_out_ptr + head * F + f, tl.sum(dz, 1), mask=inside)
+
+
+@triton.jit
+def _through_state(
+    k, v, dv, take, dkvs_ptr, rests_ptr, dzs_ptr, f, h, inside,
+    H: tl.constexpr, RESTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the state after the chunk gives to keys, values (added to ``dv``) and the keys' weights in it."""
+    dkv = load_tile(dkvs_ptr, f, h, inside, H)
+    dv += take[:, None] * tl.dot(k, dkv, input_precision=PRECISION)
+    dk = tl.dot(v, tl.trans(dkv), input_precision=PRECISION)
+    if RESTS:
+        dk = tl.dot(v, load_tile_t(rests_ptr, f, h, inside, H), dk, input_precision=PRECISION)
+    dk = take[:, None] * (dk + tl.load(dzs_ptr + f, mask=inside, other=0.0)[None, :])
+    return dk, dv, tl.sum(k.to(tl.float32) * dk, 1)
 
 
 @triton.jit
 def keys_kernel(
-    q_ptr, k_ptr, v_ptr, dy_ptr, b_ptr, den_ptr, hi_ptr, lo_ptr, M_ptr, own_ptr, start_ptr, take_ptr,
-    dkvs_ptr, rests_ptr, dzs_ptr, dk_ptr, dv_ptr, dg_ptr, dc_ptr, T, chunks,
+    q_ptr, q_map_ptr, q_shift_ptr, k_ptr, k_map_ptr, k_shift_ptr, v_ptr, dy_ptr, b_ptr, den_ptr,
+    hi_ptr, lo_ptr, M_ptr, own_ptr, start_ptr, take_ptr, dkvs_ptr, rests_ptr, dzs_ptr,
+    dk_ptr, dv_ptr, dg_ptr, dc_ptr, T, chunks,
     N: tl.constexpr, S: tl.constexpr, K: tl.constexpr, F: tl.constexpr, H: tl.constexpr,
+    X: tl.constexpr, BX: tl.constexpr, SOFTMAX: tl.constexpr,
     C: tl.constexpr, KEYS: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
     RESTS: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``KEYS`` keys and values, and what reaches gates and key scales through the state after the chunk.
 
-    ``dv`` is ``[B, T, S, H]``: state heads that share values each give their part. ``dg[C / KEYS, B, S, L]`` is to be
-    summed over the first axis.
+    ``dk`` holds the cotangents of scores where there is a map, and a tile then holds all ``E``. ``dv`` is
+    ``[B, T, S, H]``: state heads that share values each give their part. ``dg[C / KEYS, B, S, L]`` is to be summed over
+    the first axis.
     """
     head = tl.program_id(0).to(tl.int64)
     batch, s = head // S, head % S
     n, block = tl.program_id(1), tl.program_id(2)
     place = tl.arange(0, C)
     j = block * KEYS + tl.arange(0, KEYS)
-    f, h = tl.arange(0, BF), tl.arange(0, BH)
+    e, h = tl.arange(0, BF), tl.arange(0, BH)
     rows_in, keys_in = n * C + place < T, n * C + j < T
     token = batch * T + n * C
     at = head * chunks + n
-    k = load_tile(k_ptr + (token * S + s) * F, j * S, f, keys_in, F)
+    E: tl.constexpr = F if X == 0 else F // 2
+    STEP: tl.constexpr = S if X == 0 else K
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
+    batches = tl.num_programs(0).to(tl.int64) // S
+    k_ptr += (token * S + s) * F if X == 0 else (token * K + s // (S // K)) * X
+    k_shift_ptr += token * S + s
+    s_k = scores(k_ptr, k_map_ptr + s * X * E, j * STEP, keys_in, e, E, X, BX, PRECISION)
+    k = features(s_k, k_shift_ptr, j * S, keys_in, e, 0, E, X, dtype)
     v = load_tile(v_ptr + (token * K + s // (S // K)) * H, j * K, h, keys_in, H)
-
-    dkv = load_tile(dkvs_ptr + at * F * H, f, h, f < F, H)
-    dz = tl.load(dzs_ptr + at * F + f, mask=f < F, other=0.0)
     take = tl.load(take_ptr + at * C + j)
-    dv = take[:, None] * tl.dot(k, dkv, input_precision=PRECISION)
-    dk = tl.dot(v, tl.trans(dkv), input_precision=PRECISION)
-    if RESTS:
-        dk = tl.dot(v, load_tile_t(rests_ptr + at * F * H, f, h, f < F, H), dk, input_precision=PRECISION)
-    dk = take[:, None] * (dk + dz[None, :])
-    into = tl.sum(k.to(tl.float32) * dk, 1)
+    dv = tl.zeros((KEYS, BH), tl.float32)
+    dkvs_ptr += at * F * H
+    rests_ptr += at * F * H
+    dzs_ptr += at * F
+    dk, dv, into = _through_state(k, v, dv, take, dkvs_ptr, rests_ptr, dzs_ptr, e, h, e < E, H, RESTS, PRECISION)
+    if X > 0:
+        k2 = features(s_k, k_shift_ptr + batches * T * S, j * S, keys_in, e, 1, E, X, dtype)
+        dk2, dv, into2 = _through_state(
+            k2, v, dv, take, dkvs_ptr, rests_ptr, dzs_ptr, E + e, h, e < E, H, RESTS, PRECISION
+        )
+        into += into2
     tl.store(dc_ptr + at * C + j, into)
     dg = tl.sum(tl.where(j[None, :] < place[:, None], into[None, :], 0.0), 1)
     tl.store(dg_ptr + ((block * tl.num_programs(0) + head) * chunks + n) * C + place, dg)
 
     for r in tl.range(0, N // S, disable_licm=True):
         first_row = token * N + s * (N // S) + r
-        a = _row_factor(den_ptr + first_row, own_ptr + at * C + place, place * N, rows_in, NORMALIZE)
-        b = tl.load(b_ptr + first_row + place * N, mask=rows_in, other=0.0)
-        q = load_tile(q_ptr + first_row * F, place * N, f, rows_in, F)
-        dy = load_tile(dy_ptr + first_row * H, place * N, h, rows_in, H)
+        row = place * N
+        a = _row_factor(den_ptr + first_row, own_ptr + at * C + place, row, rows_in, NORMALIZE)
+        b = tl.load(b_ptr + first_row + row, mask=rows_in, other=0.0)
+        q_map = q_map_ptr + (s * (N // S) + r) * X * E
+        s_q = scores(q_ptr + first_row * (F if X == 0 else X), q_map, row, rows_in, e, E, X, BX, PRECISION)
+        q = features(s_q, q_shift_ptr + first_row, row, rows_in, e, 0, E, X, dtype)
+        dy = load_tile(dy_ptr + first_row * H, row, h, rows_in, H)
+        kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if X > 0:
+            q2 = features(s_q, q_shift_ptr + batches * T * N + first_row, row, rows_in, e, 1, E, X, dtype)
+            kq = tl.dot(k2, tl.trans(q2), kq, input_precision=PRECISION)
         decays = pairs_t(hi_ptr, lo_ptr, M_ptr, start_ptr, at * C, j, C)
-        weights = tl.dot(k, tl.trans(q), input_precision=PRECISION) * decays * a[None, :]
-        dv = tl.dot(weights.to(dy.dtype), dy, dv, input_precision=PRECISION)
+        weights = kq * decays * a[None, :]
+        dv = tl.dot(weights.to(dtype), dy, dv, input_precision=PRECISION)
         on_values = tl.dot(v, tl.trans(dy), input_precision=PRECISION)
-        dscores = decays * (a[None, :] * on_values + b[None, :])
-        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
-    store_tile(dk_ptr + (token * S + s) * F, j * S, f, keys_in, dk, F)
+        dscores = (decays * (a[None, :] * on_values + b[None, :])).to(dtype)
+        dk = tl.dot(dscores, q, dk, input_precision=PRECISION)
+        if X > 0:
+            dk2 = tl.dot(dscores, q2, dk2, input_precision=PRECISION)
+    if X > 0:
+        dk = to_scores(k, dk, 0, SOFTMAX) + to_scores(k2, dk2, 1, SOFTMAX)
+    store_tile(dk_ptr + (token * S + s) * E, j * S, e, keys_in, dk, E)
     store_tile(dv_ptr + (token * S + s) * H, j * S, h, keys_in, dv, H)

@@ -10,15 +10,27 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.log_gate_attention.triton.decay import EMPTY, pairs, unscale
+from pallas_kernels.log_gate_attention.triton.features import features, features_t, scores, scores_t
 from pallas_kernels.log_gate_attention.triton.tiles import in_columns, load_tile, load_tile_t, store_tile
 
 SMALLEST = tl.constexpr(1e-30)
 
 
 @triton.jit
+def block_of_features(block, F: tl.constexpr, BF: tl.constexpr, X: tl.constexpr):
+    """Of one of the blocks of ``BF`` features: its half, places in the half and in the state, and which exist."""
+    E: tl.constexpr = F if X == 0 else F // 2
+    parts: tl.constexpr = (E + BF - 1) // BF
+    half = block // parts
+    e = (block % parts) * BF + tl.arange(0, BF)
+    return half, e, half * E + e, e < E
+
+
+@triton.jit
 def states_kernel(
-    k_ptr, v_ptr, kv_ptr, z_ptr, take_ptr, keep_ptr, kvs_ptr, rests_ptr, zs_ptr, kv_out_ptr, z_out_ptr, T, chunks,
-    S: tl.constexpr, K: tl.constexpr, F: tl.constexpr, H: tl.constexpr,
+    k_ptr, k_map_ptr, k_shift_ptr, v_ptr, kv_ptr, z_ptr, take_ptr, keep_ptr,
+    kvs_ptr, rests_ptr, zs_ptr, kv_out_ptr, z_out_ptr, T, chunks,
+    S: tl.constexpr, K: tl.constexpr, F: tl.constexpr, H: tl.constexpr, X: tl.constexpr, BX: tl.constexpr,
     C: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr, RESTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state before each chunk and after the last: a program per head and ``[BF, BH]`` block, from chunk to chunk.
@@ -28,31 +40,37 @@ def states_kernel(
     """
     head = tl.program_id(0).to(tl.int64)
     batch, s = head // S, head % S
-    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    half, e, f, inside = block_of_features(tl.program_id(1), F, BF, X)
     h = tl.program_id(2) * BH + tl.arange(0, BH)
     place = tl.arange(0, C)
+    E: tl.constexpr = F if X == 0 else F // 2
+    STEP: tl.constexpr = S if X == 0 else K
+    batches = tl.num_programs(0).to(tl.int64) // S
     first = tl.program_id(2) == 0
-    kv = load_tile(kv_ptr + head * F * H, f, h, f < F, H)
-    z = tl.load(z_ptr + head * F + f, mask=f < F, other=0.0)
+    kv = load_tile(kv_ptr + head * F * H, f, h, inside, H)
+    z = tl.load(z_ptr + head * F + f, mask=inside, other=0.0)
     z = tl.where(tl.arange(0, 16)[None, :] == 0, z[:, None], 0.0)
     for n in tl.range(0, chunks, disable_licm=True):
         at = head * chunks + n
         rounded = kv.to(kvs_ptr.dtype.element_ty)
-        store_tile(kvs_ptr + at * F * H, f, h, f < F, rounded, H)
+        store_tile(kvs_ptr + at * F * H, f, h, inside, rounded, H)
         if RESTS:
-            store_tile(rests_ptr + at * F * H, f, h, f < F, kv - rounded.to(tl.float32), H)
+            store_tile(rests_ptr + at * F * H, f, h, inside, kv - rounded.to(tl.float32), H)
         if first:
-            tl.store(zs_ptr + at * F + f, tl.sum(z, 1), mask=f < F)
+            tl.store(zs_ptr + at * F + f, tl.sum(z, 1), mask=inside)
         token, kept = batch * T + n * C, n * C + place < T
-        key = load_tile_t(k_ptr + (token * S + s) * F, place * S, f, kept, F)
+        rows = k_ptr + (token * S + s) * F if X == 0 else k_ptr + (token * K + s // (S // K)) * X
+        key = scores_t(rows, k_map_ptr + s * X * E, place * STEP, kept, e, E, X, BX, PRECISION)
+        shift = k_shift_ptr + half * batches * T * S + token * S + s
+        key = features_t(key, shift, place * S, kept, e, half, E, X, v_ptr.dtype.element_ty)
         v = load_tile(v_ptr + (token * K + s // (S // K)) * H, place * K, h, kept, H)
         take, keep = tl.load(take_ptr + at * C + place), tl.load(keep_ptr + at)
         taken = (v.to(tl.float32) * take[:, None]).to(v.dtype)
         kv = tl.dot(key, taken, keep * kv, input_precision=PRECISION)
         z = tl.dot(key, in_columns(take, key.dtype), keep * z, input_precision=PRECISION)
-    store_tile(kv_out_ptr + head * F * H, f, h, f < F, kv, H)
+    store_tile(kv_out_ptr + head * F * H, f, h, inside, kv, H)
     if first:
-        tl.store(z_out_ptr + head * F + f, tl.sum(z, 1), mask=f < F)
+        tl.store(z_out_ptr + head * F + f, tl.sum(z, 1), mask=inside)
 
 
 @triton.jit
@@ -74,9 +92,10 @@ def _write(
 
 @triton.jit
 def outputs_kernel(
-    q_ptr, k_ptr, v_ptr, hi_ptr, lo_ptr, M_ptr, own_ptr, start_ptr, reads_ptr, kvs_ptr, zs_ptr,
-    y_ptr, n_ptr, den_ptr, T, chunks,
+    q_ptr, q_map_ptr, q_shift_ptr, k_ptr, k_map_ptr, k_shift_ptr, v_ptr,
+    hi_ptr, lo_ptr, M_ptr, own_ptr, start_ptr, reads_ptr, kvs_ptr, zs_ptr, y_ptr, n_ptr, den_ptr, T, chunks,
     N: tl.constexpr, S: tl.constexpr, K: tl.constexpr, F: tl.constexpr, H: tl.constexpr,
+    X: tl.constexpr, BX: tl.constexpr,
     C: tl.constexpr, HEADS: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
     NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -96,20 +115,32 @@ def outputs_kernel(
     row = i * N + r
     at = head * chunks + n
 
-    scores = tl.zeros((HEADS * C, C), tl.float32)
+    w = tl.zeros((HEADS * C, C), tl.float32)
     num = tl.zeros((HEADS * C, BH), tl.float32)
     reads_z = tl.zeros((HEADS * C, 16), tl.float32)
-    for start in range(0, F, BF):
-        f = start + tl.arange(0, BF)
-        q = load_tile(q_ptr + first_row * F, row, f, rows_in, F)
-        key = load_tile_t(k_ptr + (token * S + s) * F, place * S, f, keys_in, F)
-        kv = load_tile(kvs_ptr + at * F * H, f, h, f < F, H)
-        z = tl.load(zs_ptr + at * F + f, mask=f < F, other=0.0)
-        scores = tl.dot(q, key, scores, input_precision=PRECISION)
-        num = tl.dot(q, kv, num, input_precision=PRECISION)
-        reads_z = tl.dot(q, in_columns(z, q.dtype), reads_z, input_precision=PRECISION)
+    E: tl.constexpr = F if X == 0 else F // 2
+    STEP: tl.constexpr = S if X == 0 else K
+    q_ptr += first_row * (F if X == 0 else X)
+    k_ptr += (token * S + s) * F if X == 0 else (token * K + s // (S // K)) * X
+    q_map_ptr += (s * (N // S) + block) * X * E
+    batches = tl.num_programs(0).to(tl.int64) // S
+    for start in range(0, E, BF):
+        e = start + tl.arange(0, BF)
+        s_q = scores(q_ptr, q_map_ptr, row, rows_in, e, E, X, BX, PRECISION)
+        s_k = scores_t(k_ptr, k_map_ptr + s * X * E, place * STEP, keys_in, e, E, X, BX, PRECISION)
+        for half in tl.static_range(1 if X == 0 else 2):
+            f = half * E + e
+            shift = q_shift_ptr + half * batches * T * N + first_row
+            q = features(s_q, shift, row, rows_in, e, half, E, X, v_ptr.dtype.element_ty)
+            shift = k_shift_ptr + half * batches * T * S + token * S + s
+            key = features_t(s_k, shift, place * S, keys_in, e, half, E, X, v_ptr.dtype.element_ty)
+            kv = load_tile(kvs_ptr + at * F * H, f, h, e < E, H)
+            z = tl.load(zs_ptr + at * F + f, mask=e < E, other=0.0)
+            w = tl.dot(q, key, w, input_precision=PRECISION)
+            num = tl.dot(q, kv, num, input_precision=PRECISION)
+            reads_z = tl.dot(q, in_columns(z, q.dtype), reads_z, input_precision=PRECISION)
 
-    w = scores * pairs(hi_ptr, lo_ptr, M_ptr, start_ptr, at * C, i, C)
+    w *= pairs(hi_ptr, lo_ptr, M_ptr, start_ptr, at * C, i, C)
     reads = tl.load(reads_ptr + at * C + i)
     den = tl.sum(w, 1) + reads * tl.sum(reads_z, 1)
     v = load_tile(v_ptr + (token * K + s // (S // K)) * H, place * K, h, keys_in, H)
@@ -152,8 +183,8 @@ def fused_kernel(
             first_row = token * N + s * (N // S)
             row = i * N + r
             q = load_tile(q_ptr + first_row * F, row, f, rows_in, F)
-            scores = tl.dot(q, key, input_precision=PRECISION)
-            w = scores * pairs(hi_ptr, lo_ptr, M_ptr, start_ptr, at * C, i, C)
+            w = tl.dot(q, key, input_precision=PRECISION)
+            w *= pairs(hi_ptr, lo_ptr, M_ptr, start_ptr, at * C, i, C)
             reads = tl.load(reads_ptr + at * C + i)
             den = tl.sum(w, 1) + reads * tl.sum(tl.dot(q, sums, input_precision=PRECISION), 1)
             num = reads[:, None] * tl.dot(q, rounded, input_precision=PRECISION)

@@ -57,7 +57,8 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     ampere = (target.chip or "sm_90") < "sm_90"
     F, H, group = power(problem.F, 16), power(problem.H, 16), problem.N // problem.S
     C = max(16, min(32 if wide else 64, 1 << (chunk.bit_length() - 1), power(problem.T)))
-    heads = min(power(group), max(1, (64 if wide else 128) // C))
+    # Query heads have each a map of their own, so a tile of computed features is of one.
+    heads = 1 if problem.act else min(power(group), max(1, (64 if wide else 128) // C))
     block = 32 if wide else 64
     width = min(H, 32 if wide or ampere or F > 128 else 64)
     room = F <= 128 or (group == 1 and not ampere)
@@ -65,6 +66,8 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     tile = (min(F, block), min(H, block))
     small = group == 1 and F <= 128  # one query head's rows and a state of half the registers
     few = ampere and group > 1 and F <= 128
+    if problem.act:
+        return _mapped(problem, C)
     return Plan(
         chunk=C,
         fused=fills and room and (group == 1 or not ampere),
@@ -74,4 +77,20 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
         cotangents=Launch(*tile, 1 if ampere else heads, num_warps=8),
         rows=Launch(*tile, 1 if ampere else heads, num_warps=8),
         keys=Launch(F, H, keys=min(C, 16 if few else 32), num_warps=8, num_stages=2 if few else 1),
+    )
+
+
+def _mapped(problem: Problem, C: int) -> Plan:
+    """Tiles of ``rows`` and ``keys`` hold a whole half of the features, for a softmax's gradient sums over it."""
+    E, H, block = power(problem.F // 2, 16), power(problem.H, 16), 32 if problem.dtype.itemsize > 2 else 64
+    tile = (min(E, block), min(H, block))
+    return Plan(
+        chunk=C,
+        fused=False,
+        forward=Launch(E, H),
+        states=Launch(*tile),
+        outputs=Launch(*tile, num_warps=8, num_stages=1),
+        cotangents=Launch(*tile, num_warps=8, num_stages=1),
+        rows=Launch(E, tile[1], num_warps=8, num_stages=1),
+        keys=Launch(E, H, keys=min(C, 32), num_warps=8, num_stages=1),
     )
