@@ -4,18 +4,18 @@ Of Pallas' two GPU backends this is the Triton one, for it alone covers Ampere a
 are Hopper's and Blackwell's), multiplies fp32 as fp32 and runs in the plain interpreter. JAX 0.11 warns that it is to
 go, which is why JAX below 0.12 is pinned.
 
-Five kernels. ``C`` is the length of a chunk, ``R = N/S`` the query heads of a state head, and a state is cut over ``H``
+Six kernels. ``C`` is the length of a chunk, ``R = N/S`` the query heads of a state head, and a state is cut over ``H``
 where it does not fit the registers of one block.
 
 - forward: one program per sequence, state head and cut of ``H``; the state stays in registers from chunk to chunk.
 - states, the backward pass' first: the same without reading; leaves the state at each chunk's start.
 - queries: cotangents of a chunk's queries, and ``a`` and ``b`` of its rows (a pair's weight has the cotangent
-  ``a_i (dy_i·v_j) + b_i``). Chunks are independent, here and in the last kernel.
+  ``a_i (dy_i·v_j) + b_i``). Chunks are independent, here and in the last two kernels.
 - state cotangents: from the last chunk to the first; leaves the cotangent of the state at each chunk's end.
-- keys: cotangents of a chunk's keys, values, gates and key scales.
+- keys and values: cotangents of a chunk's keys; and of its values, gates and key scales.
 
 States and their cotangents are left in the dtype of ``q``, since all they do is feed matmuls. A feature axis comes in
-``parts``: the two halves of a feature map, or pieces of at most 128 features. Axes that are not powers of two are
+``parts``: the two halves of a feature map, or pieces of at most 64 features. Axes that are not powers of two are
 padded with zeros, outside of the kernels; a tail of ``T`` is masked inside.
 """
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -43,8 +43,9 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
 WIDEST = 256  # features, values or raw values of a head
-PIECE = 128  # features that one matmul takes
-STATE = 128 * 64  # numbers of a state that one block keeps in registers
+PIECE = 64  # features that one matmul takes
+CHUNK = 32  # tokens; a state of more than 128 features and a feature map leave room for half of it
+WARPS = 8
 RUN = 8  # chunks whose cotangents of a feature map are summed in registers
 
 
@@ -53,8 +54,9 @@ class _Plan:
     """A problem as the kernels see it: padded sizes, and how they are cut.
 
     Attributes:
+        C: of a chunk. The backward pass, which computes all anew, has its own.
+        asked: length of a chunk that the caller asked for.
         half: features of a half of the map before padding; 0 where features are given.
-        run: chunks that one program of the last two kernels does.
     """
 
     B: int
@@ -64,6 +66,7 @@ class _Plan:
     K: int
     H: int
     C: int
+    asked: int
     parts: int
     width: int
     half: int
@@ -79,7 +82,7 @@ class _Plan:
     @property
     def block(self) -> int:
         """Values of a head that one program of the first three kernels does."""
-        return min(self.H, max(16, STATE // (self.parts * self.width)))
+        return min(self.H, 64 if self.parts * self.width <= 128 else 32)
 
     @property
     def run(self) -> int:
@@ -141,24 +144,42 @@ class _Chunk:
         plgpu.store(view, value.astype(ref.dtype), mask=None if self.whole else inside)
 
 
-class _Features(NamedTuple):
-    """Of one head in one chunk. Of a map also what its cotangents need."""
+class _Loads:
+    """Parts of given features, each loaded where it is used: operands of matmuls that wait take up the registers."""
 
-    parts: tuple[Float[Array, "C width"], ...]
+    def __init__(self, chunk: _Chunk, ref, head):
+        self.chunk, self.ref, self.head = chunk, ref, head
+
+    def __iter__(self) -> Iterator[Array]:
+        return (self[p] for p in range(self.chunk.plan.parts))
+
+    def __getitem__(self, p: int) -> Array:
+        width = self.chunk.plan.width
+        return self.chunk.load(self.ref, self.head, pl.ds(p * width, width))
+
+
+class _Features(NamedTuple):
+    """Of one head in one chunk; of a feature map also the log scale, and what is needed on the way back."""
+
+    parts: _Loads | tuple[Float[Array, "C width"], ...]
     scale: Float[Array, " C"] | None = None
-    raw: Float[Array, "C X"] | None = None
-    weights: Float[Array, "X width"] | None = None
     exact: tuple[Float[Array, "C width"], ...] = ()
+
+
+def _pieces(X: int) -> list[Any]:
+    """Of the axis of raw queries and keys, which matmuls take in pieces as well."""
+    size = min(X, PIECE)
+    return [pl.ds(start, size) for start in range(0, X, size)]
 
 
 def _features(chunk: _Chunk, ref, maps, head, raw_head) -> _Features:
     """Given features, or ``act(xA) ⊕ act(−xA)`` of raw ones with their log scale."""
     plan = chunk.plan
     if plan.act is None:
-        return _Features(tuple(chunk.load(ref, head, pl.ds(p * plan.width, plan.width)) for p in range(plan.parts)))
-    raw = chunk.load(ref, raw_head, slice(None))
-    weights = maps[head].astype(plan.dtype)
-    scores = _dot(raw, weights)
+        return _Features(_Loads(chunk, ref, head))
+    scores = _sum(
+        _dot(chunk.load(ref, raw_head, piece), maps[head, piece].astype(plan.dtype)) for piece in _pieces(ref.shape[-1])
+    )
     real = (_places(plan.width) < plan.half)[None, :]
     if plan.act == "exp":
         scale = jnp.max(jnp.abs(scores), 1)
@@ -166,7 +187,7 @@ def _features(chunk: _Chunk, ref, maps, head, raw_head) -> _Features:
     else:
         scale = None
         exact = tuple(_softmax(sign * scores, real) for sign in (1.0, -1.0))
-    return _Features(tuple(part.astype(plan.dtype) for part in exact), scale, raw, weights, exact)
+    return _Features(tuple(part.astype(plan.dtype) for part in exact), scale, exact)
 
 
 def _softmax(scores: Float[Array, "C width"], real: Bool[Array, "1 width"]) -> Float[Array, "C width"]:
@@ -175,17 +196,27 @@ def _softmax(scores: Float[Array, "C width"], real: Bool[Array, "1 width"]) -> F
     return raised / jnp.sum(raised, 1)[:, None]
 
 
-def _through_map(features: _Features, cotangents, act: Act | None):
-    """Cotangents of raw values and of the map's weights, given those of the features."""
-    on_scores = []
+def _through_map(chunk: _Chunk, features: _Features, cotangents, ref, maps, head, raw_head, out, dmap):
+    """From cotangents of features to those of raw values, which are stored, and of the map, which join ``dmap``."""
+    plan, on_scores = chunk.plan, []
     for exact, cotangent in zip(features.exact, cotangents, strict=True):
         product = exact * cotangent
-        on_scores.append(product if act == "exp" else product - exact * jnp.sum(product, 1)[:, None])
-    raw, weights = features.raw, features.weights
-    assert raw is not None
-    assert weights is not None
-    dscores = (on_scores[0] - on_scores[1]).astype(raw.dtype)
-    return _dot(dscores, weights, (1, 1)), _dot(raw, dscores, (0, 0))
+        on_scores.append(product if plan.act == "exp" else product - exact * jnp.sum(product, 1)[:, None])
+    dscores = (on_scores[0] - on_scores[1]).astype(plan.dtype)
+    sums = []
+    for piece, sum_before in zip(_pieces(ref.shape[-1]), dmap, strict=True):
+        chunk.store(out, _dot(dscores, maps[head, piece].astype(plan.dtype), (1, 1)), head, piece)
+        sums.append(sum_before + _dot(chunk.load(ref, raw_head, piece), dscores, (0, 0)))
+    return tuple(sums)
+
+
+def _sum_maps(plan: _Plan, which, body: Callable, X: int, out, *index) -> None:
+    """Run ``body(i, dmap) -> dmap`` over the chunks of a run, and store the sum."""
+    zeros = tuple(jnp.zeros((min(X, PIECE), plan.width), jnp.float32) for _ in _pieces(X))
+    first = which * plan.run
+    dmap = lax.fori_loop(first, jnp.minimum(first + plan.run, plan.count), body, zeros)
+    for piece, part in zip(_pieces(X), dmap, strict=True):
+        out[(*index, piece)] = part
 
 
 class _Exponents(NamedTuple):
@@ -297,15 +328,12 @@ def _store_state(refs, state: _State, columns, *index) -> None:
 
 def _advance(state: _State, k, v: Float[Array, "C block"], following: _Next) -> _State:
     """The state after the chunk."""
-    taken = [following.take[:, None] * part.astype(jnp.float32) for part in k]
-    return _State(
-        tuple(
-            following.keep * kv + _dot(part.astype(v.dtype), v, (0, 0))
-            for kv, part in zip(state.kv, taken, strict=True)
-        ),
-        tuple(following.keep * z + jnp.sum(part, 0) for z, part in zip(state.z, taken, strict=True)),
-        following.m,
-    )
+    kvs, zs = [], []
+    for kv, z, part in zip(state.kv, state.z, k, strict=True):
+        taken = following.take[:, None] * part.astype(jnp.float32)
+        kvs.append(following.keep * kv + _dot(taken.astype(v.dtype), v, (0, 0)))
+        zs.append(following.keep * z + jnp.sum(taken, 0))
+    return _State(tuple(kvs), tuple(zs), following.m)
 
 
 def _loop(count: int, body: Callable, carry: Any) -> Any:
@@ -336,14 +364,16 @@ def _forward_kernel(q_ref, k_ref, v_ref, g_ref, c_ref, kv_ref, z_ref, m_ref, *re
         if k.scale is not None:
             c = jnp.where(c > ABSENT, c + k.scale, EMPTY)
             chunk.store(out_refs[3], c, s)
-        v = chunk.load(v_ref, values, columns)
         e = _exponents(g, c)
         decay = _decay(e, state.m)
 
         def read(r, carry):
             n = s * rows + r
+            # Keys and values are loaded anew for each head: kept as matmul operands they take half of the registers.
+            v = chunk.load(v_ref, values, columns)
+            k = _features(chunk, k_ref, k_maps, s, values).parts
             q = _features(chunk, q_ref, q_maps, n, n)
-            weights = _sum(_dot(a, b, (1, 1)) for a, b in zip(q.parts, k.parts, strict=True)) * decay.pair
+            weights = _sum(_dot(a, b, (1, 1)) for a, b in zip(q.parts, k, strict=True)) * decay.pair
             on_state = _sum(_dot(a, kv.astype(a.dtype)) for a, kv in zip(q.parts, state.kv, strict=True))
             on_z = _sum(jnp.sum(a.astype(jnp.float32) * z[None, :], 1) for a, z in zip(q.parts, state.z, strict=True))
             num = _dot(weights.astype(v.dtype), v) + decay.carried[:, None] * on_state
@@ -358,6 +388,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, g_ref, c_ref, kv_ref, z_ref, m_ref, *re
             return carry
 
         _loop(rows, read, ())
+        v = chunk.load(v_ref, values, columns)
         return _advance(state, k.parts, v, _next(e, g, state.m))
 
     state = _load_state(kv_ref, z_ref, m_ref, plan, columns, b, s)
@@ -419,14 +450,6 @@ def _state_cotangents_kernel(
     _store_parts(dz_start, dz, b, s, (slice(None),))
 
 
-def _run(plan: _Plan, which, body: Callable, carry: Any) -> Any:
-    """``body`` over the chunks of a run."""
-    if plan.run == 1:
-        return body(which, carry)
-    first = which * plan.run
-    return lax.fori_loop(first, jnp.minimum(first + plan.run, plan.count), body, carry)
-
-
 def _queries_kernel(
     q_ref, k_ref, v_ref, dy_ref, dn_ref, g_ref, c_ref, kv_ref, z_ref, m_ref, *refs, plan: _Plan
 ):  # fmt: skip
@@ -474,94 +497,113 @@ def _queries_kernel(
             for p in range(plan.parts):
                 chunk.store(dq_ref, dq[p], n, pl.ds(p * plan.width, plan.width))
             return dmap
-        dx, on_map = _through_map(q, dq, plan.act)
-        chunk.store(dq_ref, dx, n, slice(None))
-        return dmap + on_map
+        return _through_map(chunk, q, dq, q_ref, q_maps, n, n, dq_ref, dmap)
 
     if plan.act is None:
-        _run(plan, which, body, ())
+        body(which, ())
     else:
-        dmap = jnp.zeros((q_ref.shape[-1], plan.width), jnp.float32)
-        dmaps_ref[0][b, which, n] = _run(plan, which, body, dmap)
+        _sum_maps(plan, which, body, q_ref.shape[-1], dmaps_ref[0], b, which, n)
 
 
 def _keys_kernel(
-    q_ref, k_ref, v_ref, dy_ref, a_ref, b_ref, g_ref, c_ref, kv_ref, z_ref, m_ref, dkv_ref, dz_ref, since_ref, *refs,
-    plan: _Plan,
+    q_ref, k_ref, v_ref, dy_ref, a_ref, b_ref, g_ref, c_ref, m_ref, dkv_ref, dz_ref, *refs, plan: _Plan
 ):  # fmt: skip
     (q_maps, k_maps), refs = _maps_first(refs, plan)
-    dk_ref, dv_ref, dg_ref, dc_ref, *dmaps_ref = refs
+    dk_ref, filled_ref, *dmaps_ref = refs
     b, s, which = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     rows, values = plan.N // plan.S, s // (plan.S // plan.K)
 
-    def body(i, dmap):
+    def body(i, parts: tuple[int, ...]):
+        """Cotangents of some parts of a chunk's keys."""
         chunk = _Chunk(plan, b, i)
-        k = _features(chunk, k_ref, k_maps, s, values)
-        v = chunk.load(v_ref, values, slice(None))
-        g, m = chunk.load(g_ref, s), m_ref[b, s, i]
-        e = _exponents(g, chunk.load(c_ref, s, other=EMPTY))
-        decay, following = _decay(e, m), _next(e, g, m)
+        g, c, m = chunk.load(g_ref, s), chunk.load(c_ref, s, other=EMPTY), m_ref[b, s, i]
+        e = _exponents(g, c)
+        pair = _decay(e, m).pair
 
-        def read(r, carry):
-            dk, dv, exponent = carry
+        def read(r, dk):
             n = s * rows + r
-            q = _features(chunk, q_ref, q_maps, n, n).parts
             dy, on_sum = chunk.load(dy_ref, n, slice(None)), chunk.load(a_ref, n)[:, None]
-            scores = _sum(_dot(a, b, (1, 1)) for a, b in zip(q, k.parts, strict=True)) * decay.pair
-            on_weights = on_sum * _dot(dy, v, (1, 1)) + chunk.load(b_ref, n)[:, None]
-            dscores = (decay.pair * on_weights).astype(plan.dtype)
-            return (
-                tuple(part + _dot(dscores, a, (0, 0)) for part, a in zip(dk, q, strict=True)),
-                dv + _dot((scores * on_sum).astype(plan.dtype), dy, (0, 0)),
-                exponent + scores * on_weights,
-            )
+            on_values = _dot(dy, chunk.load(v_ref, values, slice(None)), (1, 1))
+            dscores = (pair * (on_sum * on_values + chunk.load(b_ref, n)[:, None])).astype(plan.dtype)
+            q = _features(chunk, q_ref, q_maps, n, n).parts
+            return tuple(part + _dot(dscores, q[p], (0, 0)) for part, p in zip(dk, parts, strict=True))
 
-        zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-        dk = tuple(zeros((plan.C, plan.width)) for _ in range(plan.parts))
-        dk, dv, exponent = _loop(rows, read, (dk, zeros((plan.C, plan.H)), zeros((plan.C, plan.C))))
-
-        # The last row's decays also fill the next state.
-        filling, into_state, kept = [], zeros((plan.C,)), zeros(())
-        for p in range(plan.parts):
-            dkv, dz = dkv_ref[b, s, i, p], dz_ref[b, s, i, p]
-            taken = following.take[:, None] * k.parts[p].astype(jnp.float32)
-            filled = _dot(v, dkv, (1, 1)) + dz[None, :]
-            into_state += jnp.sum(taken * filled, 1)
-            dv += _dot(taken.astype(plan.dtype), dkv)
-            kv, z = kv_ref[b, s, i, p], z_ref[b, s, i, p]
-            kept += jnp.sum(jnp.sum(kv.astype(jnp.float32) * dkv.astype(jnp.float32), 1), 0) + jnp.sum(z * dz, 0)
-            filling.append(dk[p] + following.take[:, None] * filled)
-        chunk.store(dv_ref, dv, s, slice(None))
-
-        place = _places(plan.C)
-        last = place == plan.C - 1
-        exponent += jnp.where(last[:, None], into_state[None, :], 0.0)
-        since = chunk.load(since_ref, s) + jnp.where(last, following.keep * kept, 0.0)
-        chunk.store(dc_ref, jnp.sum(exponent, 0), s)
-        # A gate parts the keys before it from the rows after it: sums of pairs as they stand, not of their differences.
-        before = (place[:, None] < place[None, :]).astype(jnp.float32)
-        parted = jnp.where(place[:, None] >= place[None, :], _dot(exponent, before) + since[:, None], 0.0)
-        chunk.store(dg_ref, jnp.sum(parted, 0), s)
-
-        if plan.act is None:
-            for p in range(plan.parts):
-                chunk.store(dk_ref, filling[p], s, pl.ds(p * plan.width, plan.width))
-            return dmap
-        dx, on_map = _through_map(k, filling, plan.act)
-        chunk.store(dk_ref, dx, s, slice(None))
-        return dmap + on_map
+        dk = list(_loop(rows, read, tuple(jnp.zeros((plan.C, plan.width), jnp.float32) for _ in parts)))
+        # The next state is filled too.
+        take, v = _next(e, g, m).take[:, None], chunk.load(v_ref, values, slice(None))
+        k = _features(chunk, k_ref, k_maps, s, values)
+        filled = jnp.zeros((plan.C,), jnp.float32)
+        for at, p in enumerate(parts):
+            on_part = take * (_dot(v, dkv_ref[b, s, i, p], (1, 1)) + dz_ref[b, s, i, p][None, :])
+            filled += jnp.sum(k.parts[p].astype(jnp.float32) * on_part, 1)
+            dk[at] += on_part
+        return chunk, k, dk, filled
 
     if plan.act is None:
-        _run(plan, which, body, ())
-    else:
-        dmap = jnp.zeros((k_ref.shape[-1], plan.width), jnp.float32)
-        dmaps_ref[0][b, which, s] = _run(plan, which, body, dmap)
+        total = jnp.zeros((plan.C,), jnp.float32)
+        for p in range(plan.parts):
+            chunk, _, (dk,), filled = body(which, (p,))
+            chunk.store(dk_ref, dk, s, pl.ds(p * plan.width, plan.width))
+            total += filled
+        _Chunk(plan, b, which).store(filled_ref, total, s)
+        return
+
+    def mapped(i, dmap):
+        chunk, k, dk, filled = body(i, (0, 1))
+        chunk.store(filled_ref, filled, s)
+        return _through_map(chunk, k, dk, k_ref, k_maps, s, values, dk_ref, dmap)
+
+    _sum_maps(plan, which, mapped, k_ref.shape[-1], dmaps_ref[0], b, which, s)
+
+
+def _values_kernel(
+    q_ref, k_ref, v_ref, dy_ref, a_ref, b_ref, g_ref, c_ref, m_ref, dkv_ref, filled_ref, since_ref, kept_ref, *refs,
+    plan: _Plan,
+):  # fmt: skip
+    (q_maps, k_maps), (dv_ref, dg_ref, dc_ref) = _maps_first(refs, plan)
+    b, s, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    rows, values = plan.N // plan.S, s // (plan.S // plan.K)
+    chunk = _Chunk(plan, b, i)
+    g, m = chunk.load(g_ref, s), m_ref[b, s, i]
+    e = _exponents(g, chunk.load(c_ref, s, other=EMPTY))
+    pair = _decay(e, m).pair
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+
+    def read(r, carry):
+        dv, exponent = carry
+        n = s * rows + r
+        dy, on_sum = chunk.load(dy_ref, n, slice(None)), chunk.load(a_ref, n)[:, None]
+        on_values = _dot(dy, chunk.load(v_ref, values, slice(None)), (1, 1))
+        q = _features(chunk, q_ref, q_maps, n, n).parts
+        k = _features(chunk, k_ref, k_maps, s, values).parts
+        scores = _sum(_dot(x, y, (1, 1)) for x, y in zip(q, k, strict=True)) * pair
+        exponent += scores * (on_sum * on_values + chunk.load(b_ref, n)[:, None])
+        return dv + _dot((scores * on_sum).astype(plan.dtype), dy, (0, 0)), exponent
+
+    dv, exponent = _loop(rows, read, (zeros((plan.C, plan.H)), zeros((plan.C, plan.C))))
+
+    following = _next(e, g, m)
+    place = _places(plan.C)
+    last = place == plan.C - 1
+    # The last row's exponents are also those of the next state.
+    exponent += jnp.where(last[:, None], chunk.load(filled_ref, s)[None, :], 0.0)
+    since = chunk.load(since_ref, s) + jnp.where(last, following.keep * kept_ref[b, s, i], 0.0)
+    chunk.store(dc_ref, jnp.sum(exponent, 0), s)
+    # A gate parts the keys before it from the rows after it: sums of pairs as they stand, not of their differences.
+    before = (place[:, None] < place[None, :]).astype(jnp.float32)
+    parted = jnp.where(place[:, None] >= place[None, :], _dot(exponent, before) + since[:, None], 0.0)
+    chunk.store(dg_ref, jnp.sum(parted, 0), s)
+
+    for p, part in enumerate(_features(chunk, k_ref, k_maps, s, values).parts):
+        taken = following.take[:, None] * part.astype(jnp.float32)
+        dv += _dot(taken.astype(plan.dtype), dkv_ref[b, s, i, p])
+    chunk.store(dv_ref, dv, s, slice(None))
 
 
 # --- around the kernels -----------------------------------------------------------------------------------------------
 
 
-def _call(kernel: Callable, plan: _Plan, grid: tuple[int, ...], inputs, outputs, warps: int):
+def _call(kernel: Callable, plan: _Plan, grid: tuple[int, ...], inputs, outputs, warps: int) -> Any:
     name = kernel.__name__.strip("_")
 
     # XLA finds a kernel by its function's name.
@@ -591,7 +633,7 @@ def _run_forward(plan: _Plan, q, k, v, g, c, state: LinearState, maps):
         *([_array(B, T, S)] if plan.act == "exp" else []),
     )  # fmt: skip
     inputs = (q, k, v, g, c, state.kv, state.z, state.m, *maps)
-    y, n, kv, z, m, *scales = _call(_forward_kernel, plan, (B, S, H // plan.block), inputs, outputs, 8)
+    y, n, kv, z, m, *scales = _call(_forward_kernel, plan, (B, S, H // plan.block), inputs, outputs, WARPS)
     return (y, n, LinearState(kv, z, m)), scales[0] if scales else c
 
 
@@ -608,34 +650,43 @@ def _attend_fwd(plan: _Plan, q, k, v, g, c, state: LinearState, maps):
 def _attend_bwd(plan: _Plan, saved, cotangents):
     q, k, v, g, c, state, maps = saved
     dy, dn, dstate = cotangents
+    if plan.act is None:
+        plan = dataclasses.replace(plan, C=_chunk(plan.T, plan.asked, wide=False))
     B, T, N, S, K, H = plan.B, plan.T, plan.N, plan.S, plan.K, plan.H
     grid, runs = (B, S, H // plan.block), -(-plan.count // plan.run)
 
     ends = (_array(B, S, plan.count, *plan.shape, H, dtype=plan.dtype), _array(B, S, plan.count, *plan.shape))
     states = _call(
         _states_kernel, plan, grid, (k, v, g, c, state.kv, state.z, state.m, *maps),
-        (*ends, _array(B, S, plan.count)), 8,
+        (*ends, _array(B, S, plan.count)), WARPS,
     )  # fmt: skip
     dq, a, b, since, *dq_maps = _call(
         _queries_kernel, plan, (B, N, runs), (q, k, v, dy, dn, g, c, *states, *maps),
         (
             _array(*q.shape, dtype=q.dtype), _array(B, T, N), _array(B, T, N), _array(B, T, N),
             *(_array(B, runs, *x.shape) for x in maps[:1]),
-        ), 8,
+        ), WARPS,
     )  # fmt: skip
     *dends, dkv, dz = _call(
         _state_cotangents_kernel, plan, grid, (q, dy, a, b, g, c, states[2], dstate.kv, dstate.z, *maps),
-        (*ends, _array(B, S, *plan.shape, H), _array(B, S, *plan.shape)), 8,
+        (*ends, _array(B, S, *plan.shape, H), _array(B, S, *plan.shape)), WARPS,
     )  # fmt: skip
     # Where state heads share a key/value head, each leaves a cotangent of its own, and their sum is rounded once.
     shared = q.dtype if S == K else jnp.float32
-    dk, dv, dg, dc, *dk_maps = _call(
-        _keys_kernel, plan, (B, S, runs),
-        (q, k, v, dy, a, b, g, c, *states, *dends, jnp.sum(since.reshape(B, T, S, N // S), -1), *maps),
+    dk, filled, *dk_maps = _call(
+        _keys_kernel, plan, (B, S, runs), (q, k, v, dy, a, b, g, c, states[2], *dends, *maps),
         (
-            _array(B, T, S, k.shape[-1], dtype=shared if maps else k.dtype), _array(B, T, S, H, dtype=shared),
-            _array(B, T, S), _array(B, T, S), *(_array(B, runs, *x.shape) for x in maps[1:]),
-        ), 8,
+            _array(B, T, S, k.shape[-1], dtype=shared if maps else k.dtype), _array(B, T, S),
+            *(_array(B, runs, *x.shape) for x in maps[1:]),
+        ), WARPS,
+    )  # fmt: skip
+    since = jnp.sum(since.reshape(B, T, S, N // S), -1)
+    kept = jnp.sum(states[0].astype(jnp.float32) * dends[0].astype(jnp.float32), (-3, -2, -1))
+    kept += jnp.sum(states[1] * dends[1], (-2, -1))
+    dv, dg, dc = _call(
+        _values_kernel, plan, (B, S, plan.count),
+        (q, k, v, dy, a, b, g, c, states[2], dends[0], filled, since, kept, *maps),
+        (_array(B, T, S, H, dtype=shared), _array(B, T, S), _array(B, T, S)), WARPS,
     )  # fmt: skip
     if S != K:
         dv = jnp.sum(dv.reshape(B, T, K, S // K, -1), 3).astype(v.dtype)
@@ -645,6 +696,10 @@ def _attend_bwd(plan: _Plan, saved, cotangents):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _chunk(T: int, asked: int, wide: bool) -> int:
+    return 16 if wide or min(asked, T) <= 16 else CHUNK
 
 
 def _padded(q, k, v, g, c, state: LinearState, maps, act: Act | None, normalize: bool, chunk: int):
@@ -657,7 +712,7 @@ def _padded(q, k, v, g, c, state: LinearState, maps, act: Act | None, normalize:
     parts = halves * (_power_of_two(half) // width)
     wide_H, wide_X = _power_of_two(H), _power_of_two(q.shape[-1])
     plan = _Plan(
-        B, T, N, S, K, wide_H, min(_power_of_two(max(16, chunk // 2 + 1)), _power_of_two(T), 64), parts, width,
+        B, T, N, S, K, wide_H, _chunk(T, chunk, wide=width * parts > 128 or act is not None), chunk, parts, width,
         0 if act is None else half, act, normalize, q.dtype, target.current().interpret,
     )  # fmt: skip
 
@@ -672,7 +727,8 @@ def _padded(q, k, v, g, c, state: LinearState, maps, act: Act | None, normalize:
     q, k, v = _pad(q, a3=wide_X), _pad(k, a3=wide_X), _pad(v, a3=wide_H)
     maps = tuple(_pad(x, a1=wide_X, a2=width) for x in maps)
     before = LinearState(to_parts(_pad(state.kv, a3=wide_H)), to_parts(state.z), state.m)
-    y, n, after = _attend(plan, q, k, v, g, c, before, maps)
+    attended: Any = _attend(plan, q, k, v, g, c, before, maps)
+    y, n, after = attended
     return y[..., :H], n, LinearState(from_parts(after.kv)[..., :H], from_parts(after.z), after.m)
 
 
