@@ -41,14 +41,15 @@ def _of_head(
     dn: Float[Array, "C 1"],
     normalize: bool,
 ) -> _OfHead:
-    """Cotangents of one query head's ``y`` and ``n``; ``kv`` is rounded to the inputs' dtype.
+    """Cotangents of one query head's ``y`` and ``n``.
 
     A pair's weight has the cotangent ``a_i (dy_i·v_j) + b_i``: with ``normalize`` ``a = 1/den`` and
-    ``b = (dn - y·dy) / den``, without it ``a = e^level`` and ``b = dn / den``.
+    ``b = (dn - y·dy) / den``, without it ``a = e^level`` and ``b = dn / den``. Where a state holds little but one token
+    the two nearly cancel, so ``kv`` is not rounded here.
     """
     dtype, wide = q.dtype, q.astype(jnp.float32)
     scores = dot(q, k, (1, 1)) * decay.pair
-    on_values, on_state = dot(dy, v, (1, 1)), dot(dy, kv, (1, 1))
+    on_values, on_state = dot(dy, v, (1, 1)), dot_finely(dy, kv, (1, 1))
     reads_z = decay.carried * jnp.sum(wide * z, 1, keepdims=True)
     reads_kv = decay.carried * jnp.sum(wide * on_state, 1, keepdims=True)
     den = jnp.sum(scores, 1, keepdims=True) + reads_z
@@ -110,13 +111,12 @@ def log_gate_backward(plan: Plan, ins: dict, outs: dict, sums: dict) -> None:
     k = key.value
     kv, z = ins["kv"][0, 0, 0], ins["z"][0, 0, 0]
     decay = decays(chunk.gates(), chunk.key_scales(key), ins["m"][0, 0, 0])
-    rounded = kv.astype(plan.dtype)
 
     shared = None
     for head in range(plan.R):
         q = chunk.query(head)
         dy, dn = chunk.rows("dy", head, plan.H), column(ins["dn"][0, head, 0])
-        part = _of_head(decay, q.value, k, v, rounded, z, dy, dn, plan.normalize)
+        part = _of_head(decay, q.value, k, v, kv, z, dy, dn, plan.normalize)
         dq = part.q
         if q.mapped is not None:
             dq, dmap = to_raw(plan, q.mapped, part.q)
