@@ -37,9 +37,11 @@ class Block(nnx.Module):
         x = x + self.attention.output(heads)
         return x + self.mlp(self.mlp_norm(x))
 
-    def extend(self, x: Float[Array, "B T D"], state: Any) -> tuple[Float[Array, "B T D"], Any]:
-        """T more tokens after those the state has seen."""
-        heads, state = self.attention.extend(self.attention_norm(x), state)
+    def extend(
+        self, x: Float[Array, "B T D"], state: Any, lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Each row's first ``lengths`` tokens after those the state has seen; the rest are padding."""
+        heads, state = self.attention.extend(self.attention_norm(x), state, lengths)
         x = x + heads
         return x + self.mlp(self.mlp_norm(x)), state
 
@@ -95,12 +97,26 @@ class Llama(nnx.Module):
         return tuple(block.attention.init_state(batch, max_length) for block in self.layers)
 
     def extend(
-        self, tokens: Int[Array, "B T"], state: tuple[Any, ...]
+        self, tokens: Int[Array, "B T"], state: tuple[Any, ...], lengths: Int[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B T V"], tuple[Any, ...]]:
         """Logits of T more tokens after those the state has seen, and the state after them; any T ≥ 1."""
+        hidden, state = self.extend_hidden(tokens, state, lengths)
+        return self.logits(hidden), state
+
+    def extend_hidden(
+        self, tokens: Int[Array, "B T"], state: tuple[Any, ...], lengths: Int[Array, " B"] | None = None
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
+        """The final hidden states of ``extend``, where not every position's logits are wanted.
+
+        Args:
+            lengths: how many tokens of each row are real, from its start; the rest are padding, which leaves no trace
+                in the state and whose outputs mean nothing. None: all of them.
+        """
+        if lengths is None:
+            lengths = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
         x = self.embed(tokens)
         after = []
         for block, layer_state in zip(self.layers, state, strict=True):
-            x, layer_state = block.extend(x, layer_state)
+            x, layer_state = block.extend(x, layer_state, lengths)
             after.append(layer_state)
-        return self.logits(self.norm(x)), tuple(after)
+        return self.norm(x), tuple(after)

@@ -18,7 +18,7 @@ class Attention(nnx.Module):
 
     The mixer is ``SoftmaxMixer`` where ``config.attention`` is None or names the layer in ``softmax_layers``, and
     ``LizardMixer`` elsewhere. Both have ``__call__(x, q, k, v, *, segment_ids) -> heads``, ``init_state(batch,
-    max_length, dtype)`` and ``extend(x, q, k, v, state) -> (heads, state)``.
+    max_length, dtype)`` and ``extend(x, q, k, v, state, lengths) -> (heads, state)``.
     """
 
     def __init__(self, config: ModelConfig, layer_index: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -61,7 +61,9 @@ class Attention(nnx.Module):
         """The mixer's empty state; ``max_length`` is needed by softmax attention only."""
         return self.mixer.init_state(batch, max_length, self.k_proj.kernel.dtype)
 
-    def extend(self, x: Float[Array, "B T D"], state: Any) -> tuple[Float[Array, "B T D"], Any]:
-        """T more tokens after those the state has seen."""
-        heads, state = self.mixer.extend(x, *self.qkv(x), state)
+    def extend(
+        self, x: Float[Array, "B T D"], state: Any, lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Each row's first ``lengths`` tokens after those the state has seen; the rest are padding."""
+        heads, state = self.mixer.extend(x, *self.qkv(x), state, lengths)
         return self.output(heads), state

@@ -125,18 +125,21 @@ class LizardMixer(nnx.Module):
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         state: LizardState,
+        lengths: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T N H"], LizardState]:
-        """T ≥ 1 tokens after those ``state`` has seen: head outputs, and the state after them."""
-        batch, time = q.shape[:2]
-        window, switches = self.switches.window, self.switches
+        """Each row's first ``lengths`` tokens after those ``state`` has seen: head outputs, and the state after them.
+
+        The rest of a row is padding: it gives 0 and leaves no trace. T ≥ 1; a row may have no token at all.
+        """
+        time, window, switches = q.shape[1], self.switches.window, self.switches
         positions = state.position[:, None] + jnp.arange(time, dtype=jnp.int32)
         filled = jnp.arange(-window, 0, dtype=jnp.int32) + state.position[:, None] >= 0
-        segments = jnp.ones((batch, time), jnp.int32)
+        segments = (jnp.arange(time, dtype=jnp.int32) < lengths[:, None]).astype(jnp.int32)
         k_segments = jnp.concatenate([filled.astype(jnp.int32), segments], axis=1)
         prefix_k, prefix_v = state.prefix_k, state.prefix_v
         if prefix_k is not None and prefix_v is not None:
             slot = jnp.arange(switches.meta_tokens, dtype=jnp.int32) - state.position[:, None]
-            arriving = ((slot >= 0) & (slot < time))[..., None, None]
+            arriving = ((slot >= 0) & (slot < lengths[:, None]))[..., None, None]
             index = jnp.clip(slot, 0, time - 1)[..., None, None]
             prefix_k = jnp.where(arriving, jnp.take_along_axis(k, index, axis=1), prefix_k)
             prefix_v = jnp.where(arriving, jnp.take_along_axis(v, index, axis=1), prefix_v)
@@ -144,11 +147,15 @@ class LizardMixer(nnx.Module):
             x, q, k, v, state, segments, k_segments, positions,
             None if prefix_k is None else prefix_k[:, None],
             None if prefix_v is None else prefix_v[:, None],
-            None,
+            segments,
         )  # fmt: skip
-        ring_k = jnp.concatenate([state.ring_k, k], axis=1)[:, time:]
-        ring_v = jnp.concatenate([state.ring_v, v], axis=1)[:, time:]
-        return heads, LizardState(state.position + time, ring_k, ring_v, prefix_k, prefix_v, linear)
+
+        def last(ring: Array, new: Array) -> Array:
+            tokens = jnp.concatenate([ring, new], axis=1)
+            return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, window))(tokens, lengths)
+
+        ring_k, ring_v = last(state.ring_k, k), last(state.ring_v, v)
+        return heads, LizardState(state.position + lengths, ring_k, ring_v, prefix_k, prefix_v, linear)
 
     def _mix(
         self,
@@ -235,8 +242,9 @@ class LizardMixer(nnx.Module):
         if time == 1:
             (q_feat, q_log_scale), (k_feat, own) = self.phi_q(to_q), self.phi_k(to_k)
             k_log_scale = jnp.where(present[..., None], own, ABSENT)
+            there = (segments[:, 0] != 0).reshape(-1, *(1,) * (log_gate.ndim - 2))
             far, far_log, linear = log_gate_step(
-                q_feat[:, 0], k_feat[:, 0], source_v[:, 0], log_gate[:, 0],
+                q_feat[:, 0], k_feat[:, 0], source_v[:, 0], jnp.where(there, log_gate[:, 0], 0.0),
                 k_log_scale=k_log_scale[:, 0], state=state.linear,
             )  # fmt: skip
             # An absent memory stays absent: its marker is so large that the log scale would not change it in fp32.

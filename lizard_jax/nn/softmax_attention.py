@@ -119,18 +119,21 @@ class SoftmaxMixer(nnx.Module):
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         state: KVCache,
+        lengths: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T N H"], KVCache]:
-        """T more tokens behind the cached ones.
+        """Each row's first ``lengths`` tokens behind its cached ones; the rest are padding and give 0.
 
         Past the capacity it raises ``UserError`` where the position is known (see ``KVCache.append``); under
-        ``jax.jit``, where it is not, every output of such a call is NaN.
+        ``jax.jit``, where it is not, every output of such a row is NaN.
         """
-        positions = state.position + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-        inv_freq = inverse_frequencies(self.rope, self.head_dim, length=state.position + q.shape[1])
+        place = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+        positions = state.position[:, None] + place
+        inv_freq = inverse_frequencies(self.rope, self.head_dim, length=(state.position + lengths)[:, None])
         cos, sin = cos_sin(inv_freq, positions)
-        state, overflow = state.append(rotate(k, cos, sin), v)
+        state, overflow = state.append(rotate(k, cos, sin), v, lengths)
         first = jnp.zeros_like(positions) if self.window is None else positions - (self.window - 1)
+        first = jnp.where(place < lengths[:, None], first, positions + 1)
         heads = interval_attention(
             rotate(q, cos, sin), state.k.astype(q.dtype), state.v.astype(q.dtype), first, positions
         )
-        return jnp.where(overflow, jnp.nan, heads), state
+        return jnp.where(overflow[:, None, None, None], jnp.nan, heads), state

@@ -1,5 +1,7 @@
 """Chunks and single steps against the full forward, packed documents against each alone, and blocks of queries."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -187,3 +189,25 @@ def test_positions_and_lengths_inside_segments():
 def test_mistral_refuses_what_it_has_not():
     with pytest.raises(UserError, match="no biases"):
         build(ModelConfig(**{**CONFIG.__dict__, "architecture": "mistral", "qkv_bias": True}), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("preset", [None, "lizard", "lizard_paper", "lolcats"])
+def test_padding_leaves_no_trace_in_the_state(preset):
+    """Rows of unequal length in one batch, in chunks and single steps, give each row what it gives alone."""
+    attention = None if preset is None else dataclasses.replace(PRESETS[preset], window=6, chunk=4)
+    model = model_of(attention=attention)
+    tokens, lengths = ids(24, batch=3), (24, 1, 11)
+    extend = jax.jit(lambda model, tokens, state, lengths: model.extend(tokens, state, lengths))
+    state, last = model.init_state(3, 32), [None] * 3
+    for start, stop in ((0, 8), (8, 9), (9, 16), (16, 24)):
+        count = jnp.clip(jnp.asarray(lengths) - start, 0, stop - start).astype(jnp.int32)
+        logits, state = extend(model, tokens[:, start:stop], state, count)
+        for row in range(3):
+            if count[row]:
+                last[row] = logits[row, count[row] - 1]
+    after, _ = extend(model, tokens[:, :1], state, jnp.ones(3, jnp.int32))
+    for row, length in enumerate(lengths):
+        alone, own = model.extend(tokens[row : row + 1, :length], model.init_state(1, 32))
+        chex.assert_trees_all_close(last[row], alone[0, -1], atol=2e-5, rtol=0)
+        next_alone, _ = model.extend(tokens[row : row + 1, :1], own)
+        chex.assert_trees_all_close(after[row, 0], next_alone[0, 0], atol=2e-5, rtol=0)

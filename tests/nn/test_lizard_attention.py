@@ -60,6 +60,11 @@ def packed(batch: int, time: int) -> jnp.ndarray:
     return jnp.asarray(np.stack(rows), jnp.int32)
 
 
+def all_of(x):
+    """Lengths that say every token of ``x`` [B, T, D] is real."""
+    return jnp.full((x.shape[0],), x.shape[1], jnp.int32)
+
+
 def relative_error(got, want) -> float:
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return float(np.sqrt(((got - want) ** 2).mean() / (want**2).mean()))
@@ -82,7 +87,7 @@ def test_prefill_in_chunks_then_steps_is_the_full_forward(name):
     time = 2 * C + W + 4
     inputs = draw(mixer, 2, time)
     whole = np.asarray(jax.jit(lambda m, *a: m(*a))(mixer, *inputs))
-    extend = jax.jit(lambda m, state, *a: m.extend(*a, state))
+    extend = jax.jit(lambda m, state, *a: m.extend(*a, state, all_of(a[0])))
     sizes = {jax.tree.map(jnp.shape, mixer.init_state(2, None, jnp.float32)).__repr__()}
     for border in sorted({b + d for b in (1, M, W, C) for d in (-1, 0, 1)} - {0}):
         state, got, at = mixer.init_state(2, None, jnp.float32), [], 0
@@ -122,10 +127,10 @@ def test_angles_are_exact_far_from_the_start():
     mixer = make_mixer(SMALL["lizard"])
     inputs = draw(mixer, 1, 3 * W)
     state = mixer.init_state(1, None, jnp.float32)
-    _, state = mixer.extend(*inputs, state)
+    _, state = mixer.extend(*inputs, state, all_of(inputs[0]))
     far_state = dataclasses.replace(state, position=state.position + 10_000_000)
-    here, _ = mixer.extend(*inputs, state)
-    there, _ = mixer.extend(*inputs, far_state)
+    here, _ = mixer.extend(*inputs, state, all_of(inputs[0]))
+    there, _ = mixer.extend(*inputs, far_state, all_of(inputs[0]))
     chex.assert_trees_all_equal(here, there)
 
 
