@@ -103,7 +103,7 @@ def rows_kernel(
         e = start + tl.arange(0, BF)
         s_q = scores(q_ptr, q_map_ptr, row, rows_in, e, E, X, BX, PRECISION)
         s_k = scores_t(k_ptr, k_map_ptr, place * STEP, keys_in, e, E, X, BX, PRECISION)
-        for half in tl.static_range(HALVES):
+        for half in tl.range(0, HALVES, disable_licm=True):
             q = features(s_q, q_shift_ptr + half * batches * T * N, row, rows_in, e, half, E, X, dtype)
             k = features_t(s_k, k_shift_ptr + half * batches * T * S, place * S, keys_in, e, half, E, X, dtype)
             qk = tl.dot(q, k, qk, input_precision=PRECISION)
@@ -132,7 +132,7 @@ def rows_kernel(
         s_q = scores(q_ptr, q_map_ptr, row, rows_in, e, E, X, BX, PRECISION)
         s_k = scores(k_ptr, k_map_ptr, place * STEP, keys_in, e, E, X, BX, PRECISION)
         out = tl.zeros((HEADS * C, BF), tl.float32)
-        for half in tl.static_range(HALVES):
+        for half in tl.range(0, HALVES, disable_licm=True):
             f = half * E + e
             on_state = _on_state(dy_ptr, kvs_ptr, row, rows_in, f, e < E, HEADS * C, H, BF, BH, PRECISION)
             z = tl.load(zs_ptr + at * F + f, mask=e < E, other=0.0)

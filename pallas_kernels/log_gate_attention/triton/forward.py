@@ -128,7 +128,7 @@ def outputs_kernel(
         e = start + tl.arange(0, BF)
         s_q = scores(q_ptr, q_map_ptr, row, rows_in, e, E, X, BX, PRECISION)
         s_k = scores_t(k_ptr, k_map_ptr + s * X * E, place * STEP, keys_in, e, E, X, BX, PRECISION)
-        for half in tl.static_range(1 if X == 0 else 2):
+        for half in tl.range(0, 1 if X == 0 else 2, disable_licm=True):
             f = half * E + e
             shift = q_shift_ptr + half * batches * T * N + first_row
             q = features(s_q, shift, row, rows_in, e, half, E, X, v_ptr.dtype.element_ty)

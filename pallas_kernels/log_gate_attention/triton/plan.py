@@ -67,7 +67,7 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     small = group == 1 and F <= 128  # one query head's rows and a state of half the registers
     few = ampere and group > 1 and F <= 128
     if problem.act:
-        return _mapped(problem, C)
+        return _mapped(problem, min(C, 32) if ampere or F > 128 else C)
     return Plan(
         chunk=C,
         fused=fills and room and (group == 1 or not ampere),
@@ -92,5 +92,5 @@ def _mapped(problem: Problem, C: int) -> Plan:
         outputs=Launch(*tile, num_warps=8, num_stages=1),
         cotangents=Launch(*tile, num_warps=8, num_stages=1),
         rows=Launch(E, tile[1], num_warps=8, num_stages=1),
-        keys=Launch(E, H, keys=min(C, 32), num_warps=8, num_stages=1),
+        keys=Launch(E, H, keys=16, num_warps=8, num_stages=1),
     )
