@@ -483,6 +483,7 @@ def main() -> int:
     dtype = jnp.dtype(jnp.bfloat16 if backend == "gpu" else jnp.float32)
     if backend == "gpu" and importlib.util.find_spec("fla") is None:
         print("flash-linear-attention is not installed (pip install flash-linear-attention): left out", file=sys.stderr)
+    load = round(os.getloadavg()[0], 1)
     far: dict[str, float] = {}
     for problem in sizes(a, dtype):
         if min(a.lengths) == problem.T:
@@ -492,7 +493,8 @@ def main() -> int:
     device, told = jax.devices()[0].device_kind, table(rows)
     title = f"log_gate_attention on {device}, {dtype.name}, B={a.batch} N={a.heads} H={a.width}, chunk {CHUNK}"
     agree = "Relative RMS from xla in fp32: " + ", ".join(f"{name} {value:.1e}" for name, value in far.items()) + "."
-    text = "\n\n".join([title, told, agree, aim(rows)])
+    busy = f"Load of the machine's {os.cpu_count()} cores before this run: {load}."
+    text = "\n\n".join([title, told, agree, busy, aim(rows)])
     packages = ("jax", "torch", "triton", "jax-triton", "flash-linear-attention")
     versions = {}
     for name in packages:
@@ -500,7 +502,14 @@ def main() -> int:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    record = {"device": device, "cores": os.cpu_count(), "versions": versions, "dtype": dtype.name, "B": a.batch}
+    record = {
+        "device": device,
+        "cores": os.cpu_count(),
+        "others' load": load,
+        "versions": versions,
+        "dtype": dtype.name,
+        "B": a.batch,
+    }
     record |= {"N": a.heads, "H": a.width, "chunk": CHUNK, "repeats": a.repeats, "agreement": far, "rows": rows}
     a.out.mkdir(parents=True, exist_ok=True)
     (a.out / "kernels.json").write_text(json.dumps(record, indent=1) + "\n")
