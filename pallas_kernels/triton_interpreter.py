@@ -109,6 +109,10 @@ def _interpreting() -> Iterator[None]:
         for name, method in (("create_fp_trunc", _round), ("create_fp_ext", _round), ("create_dot", _dot)):
             changes.set_attr(type(builder), name, method)
         changes.set_attr(interpreter.ScanOps, "generic_scan", _scan)
+        # The interpreter's own looks through the language for what to patch, at every call of every function.
+        changes.set_attr(
+            interpreter.InterpretedFunction, "__call__", lambda self, *args, **kw: self.rewrite()(*args, **kw)
+        )
         yield
     finally:
         changes.restore()

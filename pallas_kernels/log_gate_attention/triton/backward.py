@@ -7,6 +7,10 @@ be the same for every key. The cotangents ``e_ij`` of exponents reach gate ``t``
 as it stands. They nearly cancel, so states and their cotangents enter them with what rounding took.
 """
 
+# Triton compiles these functions from their source; what it accepts is not what its annotations say.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false, reportCallIssue=false
+
 import triton
 import triton.language as tl
 

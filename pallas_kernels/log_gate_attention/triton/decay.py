@@ -13,6 +13,10 @@ are split in two):
 ``m_last[B, S]`` is the scale of the state after the last chunk.
 """
 
+# Triton compiles these functions from their source; what it accepts is not what its annotations say.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false, reportCallIssue=false
+
 import triton
 import triton.language as tl
 

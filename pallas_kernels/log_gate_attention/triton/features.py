@@ -6,6 +6,10 @@ the logarithms of both sums for ``softmax``, the largest ``|s|`` for ``exp``. Wi
 "half" of ``E = F`` features, and they are in memory.
 """
 
+# Triton compiles these functions from their source; what it accepts is not what its annotations say.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false, reportCallIssue=false
+
 import triton
 import triton.language as tl
 

@@ -6,6 +6,10 @@ in query head ``x // C`` of the block. All of them share the keys, values and st
 Sums that feed a denominator are not rounded: ``z`` and the keys' weights enter matrix units as ``in_columns``.
 """
 
+# Triton compiles these functions from their source; what it accepts is not what its annotations say.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false, reportCallIssue=false
+
 import triton
 import triton.language as tl
 
