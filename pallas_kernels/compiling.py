@@ -88,7 +88,10 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A function compiled for a chip; ``kernels`` are ours, without what XLA itself generates around them."""
+    """A function compiled for a chip.
+
+    ``kernels`` are ours, each once however often it is called, without what XLA itself generates around them.
+    """
 
     chip: str
     kernels: tuple[Kernel, ...]
@@ -137,7 +140,7 @@ def compile_for(chip: str, function: Callable, *arguments: PyTree[jax.ShapeDtype
     with tempfile.TemporaryDirectory() as dump:
         executable = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_emitter_re": "^ptx$"})
         kernels = (*_jax_triton_kernels(chip, lowered), *_pallas_triton_kernels(lowered, Path(dump)))
-    return Compiled(chip, kernels, executable)
+    return Compiled(chip, tuple(dict.fromkeys(kernels)), executable)
 
 
 @contextlib.contextmanager
