@@ -1,14 +1,26 @@
 """One call for every kind of model directory."""
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
     from lizard_jax.models.llama import Llama
 
+    class TextModel(Llama):
+        """A model that knows its tokenizer: what ``load`` returns."""
 
-def load(path: str | Path, *, dtype: Any = None) -> "Llama":
-    """The model at ``path``, to call and to train.
+        source: str
+
+        @overload
+        def generate(self, prompt: str, **options: Any) -> str: ...
+        @overload
+        def generate(self, prompt: Sequence[str], **options: Any) -> list[str]: ...
+
+
+def load(path: str | Path, *, dtype: Any = None) -> "TextModel":
+    """The model at ``path``, to call, to train and to write text with (``model.generate("Once")``).
 
     Args:
         path: an HF checkpoint directory or hub id, a Flax directory of ``convert.py hf2flax``, or a run's stage
@@ -23,13 +35,24 @@ def load(path: str | Path, *, dtype: Any = None) -> "Llama":
     from lizard_jax.convert.origin import is_flax_dir
     from lizard_jax.convert.params import cast_base
 
-    directory = Path(path).expanduser()
+    directory, source = Path(path).expanduser(), str(path)
     if (directory / "run.json").is_file():
         from lizard_jax.train.run import load_run
 
-        model, _ = load_run(directory)
+        model, teacher = load_run(directory)
+        source = str(teacher)
     elif is_flax_dir(directory):
         model = load_flax(directory)
     else:
-        return load_hf(path, dtype=dtype)
-    return model if dtype is None else cast_base(model, dtype)
+        model, dtype = load_hf(path, dtype=dtype), None
+    model = model if dtype is None else cast_base(model, dtype)
+    model.__class__ = _with_text(type(model))
+    model.source = source  # type: ignore[attr-defined]
+    return model  # type: ignore[return-value]
+
+
+@functools.cache
+def _with_text(model: type) -> type:
+    from lizard_jax.generate.simple import generate
+
+    return type(model.__name__, (model,), {"generate": generate, "__doc__": model.__doc__, "__module__": __name__})

@@ -14,6 +14,7 @@ ALLOWED: dict[str, list[str]] = {
     "errors": [],
     "config": ["errors", "typing"],
     "orbax_noise": ["errors"],
+    "atomic": [],
     "sharding": [*BASE, "pallas_kernels"],
     "nn": NN,
     "models": MODEL,
@@ -22,8 +23,9 @@ ALLOWED: dict[str, list[str]] = {
     "data": [*BASE, "embedded"],
     "convert": [*MODEL, "lora", "embedded", "orbax_noise"],
     "cli": [*BASE, "configs", "embedded"],
-    "train": [*MODEL, "lora", "convert", "data", "embedded", "cli", "orbax_noise"],
-    "load": [*MODEL, "lora", "convert", "train"],
+    "train": [*MODEL, "lora", "convert", "data", "embedded", "cli", "orbax_noise", "atomic"],
+    "generate": [*MODEL, "data", "atomic"],
+    "load": [*MODEL, "lora", "convert", "train", "generate"],
 }
 
 
@@ -50,7 +52,7 @@ def imported(path: Path) -> set[str]:
 
 FILES = sorted(
     path for folder in ("lizard_jax", "pallas_kernels") for path in (ROOT / folder).rglob("*.py")
-    if path.name != "__init__.py" or path.parent.name != "lizard_jax"
+    if path.name != "__main__.py" and (path.name != "__init__.py" or path.parent.name != "lizard_jax")
 )  # fmt: skip
 
 

@@ -6,9 +6,7 @@ writes each beside its place and renames it, so a checkpoint that exists is whol
 """
 
 import json
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -188,22 +186,6 @@ def full_disk(directory: Path, step: int | None) -> UserError:
     """What to tell the user when saving failed for want of space."""
     before = "no checkpoint had been saved" if step is None else f"the checkpoint of step {step} is intact"
     return UserError(f"no space left to save in {directory}; {before}; free some space and run the same command again")
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: beside its place, then renamed."""
-    data = content.encode() if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.summary import scalar
 
-from lizard_jax.train.checkpoint import write_atomic
+from lizard_jax.atomic import write_atomic
 
 PLAIN_SECONDS = 10.0
 

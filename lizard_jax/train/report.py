@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from lizard_jax.atomic import write_atomic
 from lizard_jax.config import RunConfig, to_dict
-from lizard_jax.train.checkpoint import write_atomic
 
 PACKAGES = ("lizard-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 

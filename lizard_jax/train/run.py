@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lizard_jax import sharding
+from lizard_jax.atomic import write_atomic
 from lizard_jax.cli import flatten, from_dict, override
 from lizard_jax.config import ModelConfig, RunConfig, to_dict
 from lizard_jax.convert.files import carry, locate, read_json
@@ -225,7 +226,7 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
 
     place.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        checkpoint.write_atomic(place / "run.json", json.dumps(record, indent=2) + "\n")
+        write_atomic(place / "run.json", json.dumps(record, indent=2) + "\n")
     trainer = Trainer(config, model, loader, place, mesh)
     del model
     state = trainer.run()

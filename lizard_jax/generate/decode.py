@@ -1,0 +1,171 @@
+"""The two halves of generation as jitted functions over a state of fixed size.
+
+The state is donated: a call overwrites it in place, so memory does not grow with what has been read or written.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lizard_jax.generate.sampling import Sampling, draw
+from lizard_jax.models.llama import Llama
+from lizard_jax.typing import Array, Bool, Float, Int
+
+PREFILL = 512
+"""Tokens of a prompt read at once."""
+BLOCK = 32
+"""Most tokens written between two looks at the host."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Carry:
+    """Where every row stands.
+
+    Attributes:
+        state: the model's, after every token but ``token``.
+        token: ``[B]`` the last one drawn, not yet read.
+        written: ``[B]`` how many were drawn.
+        rows: ``[B]`` the number of each row's prompt, which its draws depend on.
+        alive: ``[B]`` rows that go on.
+        seen: ``[B, V]`` tokens of prompt and continuation, where the repetition penalty asks for them.
+    """
+
+    state: Any
+    token: Int[Array, " B"]
+    written: Int[Array, " B"]
+    rows: Int[Array, " B"]
+    alive: Bool[Array, " B"]
+    seen: Bool[Array, "B V"] | None
+
+
+@functools.partial(jax.jit, donate_argnums=(2, 3))
+def _read(
+    model: Llama, tokens: Int[Array, "B T"], state: Any, hidden: Float[Array, "B D"], lengths: Int[Array, " B"]
+) -> tuple[Float[Array, "B D"], Any]:
+    """Reads a chunk; the hidden state of each row's last real token, or the one before where the chunk has none."""
+    all_hidden, state = model.extend_hidden(tokens, state, lengths)
+    last = jnp.take_along_axis(all_hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    return jnp.where((lengths > 0)[:, None], last, hidden), state
+
+
+def chunks(lengths: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
+    """Start and width of the chunks that cover rows of these lengths.
+
+    Whole chunks of ``size``, then one as wide as a power of two (at least 16), so that few widths are ever compiled.
+    """
+    longest, start = max(lengths), 0
+    while longest - start >= size:
+        yield start, size
+        start += size
+    if longest > start:
+        yield start, min(size, max(16, 1 << (longest - start - 1).bit_length()))
+
+
+def prefill(
+    model: Llama, prompts: Sequence[Sequence[int]], state: Any, *, size: int = PREFILL
+) -> tuple[Float[Array, "B V"], Any]:
+    """Reads prompts of any lengths ≥ 1 into a state (donated): the logits after each one's last token, and the state.
+
+    Memory is that of one chunk of ``size`` tokens whatever the prompts' length.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    hidden = jnp.zeros((len(prompts), model.config.hidden_size), model.embed.embedding.dtype)
+    for start, width in chunks(lengths, size):
+        block = np.zeros((len(prompts), width), np.int32)
+        count = np.clip(np.asarray(lengths) - start, 0, width).astype(np.int32)
+        for row, prompt in enumerate(prompts):
+            block[row, : count[row]] = prompt[start : start + count[row]]
+        hidden, state = _read(model, jnp.asarray(block), state, hidden, jnp.asarray(count))
+    return jax.jit(lambda model, hidden: model.logits(hidden[:, None])[:, 0])(model, hidden), state
+
+
+def capacity(lengths: Sequence[int], new: int, size: int = PREFILL) -> int:
+    """What a key/value cache must hold for these prompts and ``new`` tokens: a multiple of the chunk."""
+    return -(-(max(lengths) + new) // size) * size
+
+
+@functools.partial(jax.jit, static_argnames=("sampling", "stops"), donate_argnums=(1,))
+def _first(logits: Float[Array, "B V"], carry: Carry, *, sampling: Sampling, stops: tuple[int, ...]) -> Carry:
+    token = draw(logits, carry.seen, carry.rows, carry.written, sampling)
+    return _drawn(carry, token, stops)
+
+
+def _drawn(carry: Carry, token: Int[Array, " B"], stops: tuple[int, ...]) -> Carry:
+    alive = carry.alive
+    for stop in stops:
+        alive = alive & (token != stop)
+    seen = carry.seen
+    if seen is not None:
+        seen = seen | jax.nn.one_hot(token, seen.shape[-1], dtype=jnp.bool_)
+    return replace(carry, token=token, written=carry.written + carry.alive.astype(jnp.int32), alive=alive, seen=seen)
+
+
+@functools.partial(jax.jit, static_argnames=("sampling", "stops"), donate_argnums=(1,))
+def _write(
+    model: Llama, carry: Carry, count: Int[Array, ""], *, sampling: Sampling, stops: tuple[int, ...]
+) -> tuple[Int[Array, "BLOCK B"], Carry]:
+    """Up to ``count`` ≤ BLOCK more tokens of every row that is alive; -1 marks those that are not."""
+    buffer = jnp.full((BLOCK, carry.token.shape[0]), -1, jnp.int32)
+
+    def body(loop):
+        i, buffer, carry = loop
+        lengths = carry.alive.astype(jnp.int32)
+        logits, state = model.extend(carry.token[:, None], carry.state, lengths)
+        token = draw(logits[:, 0], carry.seen, carry.rows, carry.written, sampling)
+        token = jnp.where(carry.alive, token, carry.token)
+        buffer = buffer.at[i].set(jnp.where(carry.alive, token, -1))
+        return i + 1, buffer, _drawn(replace(carry, state=state), token, stops)
+
+    def more(loop):
+        i, _, carry = loop
+        return (i < count) & jnp.any(carry.alive)
+
+    _, buffer, carry = jax.lax.while_loop(more, body, (jnp.int32(0), buffer, carry))
+    return buffer, carry
+
+
+def start(
+    logits: Float[Array, "B V"],
+    state: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    stops: tuple[int, ...] = (),
+    rows: Sequence[int] | None = None,
+    written: int = 0,
+) -> Carry:
+    """The carry after the first draw from the logits that ``prefill`` gave.
+
+    Args:
+        stops: token ids that end a row; the token itself is still drawn.
+        rows: the prompts' numbers, if not 0, 1, ….
+        written: how many tokens were drawn before, in a conversation that goes on.
+    """
+    batch, vocabulary = logits.shape
+    seen = None
+    if sampling.remembers:
+        table = np.zeros((batch, vocabulary), np.bool_)
+        for row, prompt in enumerate(prompts):
+            table[row, np.asarray(prompt, np.int64)] = True
+        seen = jnp.asarray(table)
+    number = np.arange(batch, dtype=np.int32) if rows is None else np.asarray(rows, np.int32)
+    carry = Carry(
+        state, jnp.zeros((batch,), jnp.int32), jnp.full((batch,), written, jnp.int32), jnp.asarray(number),
+        jnp.ones((batch,), jnp.bool_), seen,
+    )  # fmt: skip
+    return _first(logits, carry, sampling=sampling, stops=stops)
+
+
+def write(
+    model: Llama, carry: Carry, count: int, sampling: Sampling, *, stops: tuple[int, ...] = ()
+) -> tuple[Int[np.ndarray, "n B"], Carry]:
+    """Up to ``count`` ≤ BLOCK more tokens of every living row (-1 elsewhere), and the carry after them (donated)."""
+    buffer, carry = _write(model, carry, jnp.int32(count), sampling=sampling, stops=stops)
+    tokens = np.asarray(buffer)[:count]
+    return tokens[(tokens >= 0).any(axis=1)], carry

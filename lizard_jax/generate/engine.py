@@ -1,0 +1,151 @@
+"""Prompts in, text out: prefill, then blocks of tokens, told piece by piece."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lizard_jax.errors import UserError
+from lizard_jax.generate import decode
+from lizard_jax.generate.conversation import Conversation
+from lizard_jax.generate.sampling import Sampling
+from lizard_jax.generate.text import Detokenizer, Stopper
+from lizard_jax.models.llama import Llama
+
+Finish = Literal["eos", "stop", "length"]
+PATIENCE = 0.1
+"""Seconds of tokens to write between two looks at the screen."""
+
+
+@dataclass
+class Row:
+    """What has become of one prompt."""
+
+    prompt: list[int]
+    detokenizer: Detokenizer
+    stopper: Stopper
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: Finish | None = None
+
+
+class Generation:
+    """One batch of prompts being continued: iterate over ``pieces()``; then ``rows`` hold the results.
+
+    Args:
+        prompts: token ids, at least one each, of any lengths.
+        max_new_tokens: most tokens written for each prompt.
+        stops: strings that end a row; they are not part of its text.
+        eos: token ids that end a row.
+        earlier: the conversation that the one prompt goes on with.
+
+    Raises:
+        UserError: an empty prompt, or an ``earlier`` conversation with several prompts.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stops: Sequence[str] = (),
+        eos: Sequence[int] = (),
+        earlier: Conversation | None = None,
+    ) -> None:
+        if max_new_tokens < 1:
+            raise UserError(f"max-new-tokens is {max_new_tokens}, must be at least 1")
+        if earlier is not None:
+            if len(prompts) != 1:
+                raise UserError("a conversation goes on with one prompt, not with several")
+            prompts = [[*earlier.pending, *prompts[0]]]
+        for number, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise UserError(f"prompt {number + 1} is empty; give at least one token to go on from")
+        self.model, self.sampling, self.eos = model, sampling, tuple(int(x) for x in eos)
+        self.stops, self.max_new_tokens, self.earlier = tuple(stops), max_new_tokens, earlier
+        self.rows = [Row(list(prompt), Detokenizer(tokenizer, prompt), Stopper(self.stops)) for prompt in prompts]
+        self.prefill_seconds = self.decode_seconds = 0.0
+        self._carry: decode.Carry | None = None
+
+    def pieces(self) -> Iterator[tuple[int, str]]:
+        """``(row, text)`` as soon as there is text that can no longer change."""
+        prompts = [row.prompt for row in self.rows]
+        began = time.perf_counter()
+        if self.earlier is None:
+            lengths = [len(prompt) for prompt in prompts]
+            room = decode.capacity(lengths, self.max_new_tokens)
+            state, written, past = self.model.init_state(len(prompts), room), 0, []
+        else:
+            state, written, past = self.earlier.state, self.earlier.written, self.earlier.tokens
+        logits, state = decode.prefill(self.model, prompts, state)
+        remembered = [[*past, *prompt] for prompt in prompts]
+        carry = decode.start(logits, state, remembered, self.sampling, stops=self.eos, written=written)
+        first = np.asarray(carry.token)
+        self.prefill_seconds = time.perf_counter() - began
+        yield from self._tell(first[None])
+        count, began = 1, time.perf_counter()
+        while any(row.finish is None for row in self.rows):
+            carry = self._only_living(carry)
+            left = max(self.max_new_tokens - len(row.tokens) for row in self.rows if row.finish is None)
+            # A stop string is only seen here, and the state must not run past it.
+            count = 1 if self.stops else min(count, left, decode.BLOCK)
+            before = time.perf_counter()
+            block, carry = decode.write(self.model, carry, count, self.sampling, stops=self.eos)
+            self._carry = carry
+            spent = time.perf_counter() - before
+            yield from self._tell(block)
+            count = max(1, min(2 * count, int(PATIENCE * count / max(spent, 1e-6))))
+        self.decode_seconds = time.perf_counter() - began
+        self._carry = carry
+
+    def conversation(self, messages: Sequence[dict[str, str]] = ()) -> Conversation:
+        """What is needed to go on with the one row, after ``pieces`` has ended or was left."""
+        (row,), carry = self.rows, self._carry
+        assert carry is not None
+        past = [] if self.earlier is None else self.earlier.tokens
+        return Conversation(
+            state=carry.state,
+            pending=(int(np.asarray(carry.token)[0]),),
+            written=int(np.asarray(carry.written)[0]),
+            tokens=[*past, *row.prompt, *row.tokens] if self.sampling.remembers else [],
+            messages=list(messages),
+        )
+
+    def _only_living(self, carry: decode.Carry) -> decode.Carry:
+        """Rows that a stop string or their length ended are not alive on the device either."""
+        living = jnp.asarray([row.finish is None for row in self.rows])
+        return decode.replace(carry, alive=carry.alive & living)
+
+    def _tell(self, block: np.ndarray) -> Iterator[tuple[int, str]]:
+        for number, row in enumerate(self.rows):
+            if row.finish is not None:
+                continue
+            fresh = [int(token) for token in block[:, number] if token >= 0]
+            fresh = fresh[: self.max_new_tokens - len(row.tokens)]
+            row.tokens += fresh
+            if fresh and fresh[-1] in self.eos:
+                row.finish = "eos"
+            elif len(row.tokens) >= self.max_new_tokens:
+                row.finish = "length"
+            shown = [token for token in fresh if token not in self.eos]
+            piece = row.stopper.add(row.detokenizer.add(shown)) if shown else ""
+            if row.finish is not None and not row.stopper.stopped:
+                piece += row.stopper.add(row.detokenizer.rest())
+                piece += row.stopper.rest()
+            if row.stopper.stopped:
+                row.finish = "stop"
+            row.text += piece
+            if piece:
+                yield number, piece
+
+
+def live_bytes() -> int:
+    """Bytes of the arrays that live on devices now."""
+    return sum(array.nbytes for array in jax.live_arrays())
