@@ -26,6 +26,7 @@ ALLOWED: dict[str, list[str]] = {
     "train": [*MODEL, "lora", "convert", "data", "embedded", "cli", "orbax_noise", "atomic"],
     "generate": [*MODEL, "data", "atomic"],
     "load": [*MODEL, "lora", "convert", "train", "generate"],
+    "eval": [*MODEL, "lora", "convert", "data", "embedded", "train", "generate", "load", "atomic"],
 }
 
 
