@@ -14,6 +14,7 @@ import numpy as np
 
 from lizard_jax.generate.sampling import Sampling, draw
 from lizard_jax.models.llama import Llama
+from lizard_jax.nn.cache import KVCache
 from lizard_jax.typing import Array, Bool, Float, Int
 
 PREFILL = 512
@@ -88,6 +89,17 @@ def prefill(
 def capacity(lengths: Sequence[int], new: int, size: int = PREFILL) -> int:
     """What a key/value cache must hold for these prompts and ``new`` tokens: a multiple of the chunk."""
     return -(-(max(lengths) + new) // size) * size
+
+
+def with_room(state: Any, lengths: Sequence[int], new: int, size: int = PREFILL) -> Any:
+    """A state whose key/value caches, if it has any, hold so much more; one without them is large enough as it is."""
+
+    def grow(layer: Any) -> Any:
+        if not isinstance(layer, KVCache):
+            return layer
+        return layer.with_room(capacity([int(layer.position.max()) + max(lengths)], new, size))
+
+    return tuple(grow(layer) for layer in state)
 
 
 @functools.partial(jax.jit, static_argnames=("sampling", "stops"), donate_argnums=(1,))

@@ -83,7 +83,8 @@ class Generation:
             room = decode.capacity(lengths, self.max_new_tokens)
             state, written, past = self.model.init_state(len(prompts), room), 0, []
         else:
-            state, written, past = self.earlier.state, self.earlier.written, self.earlier.tokens
+            state = decode.with_room(self.earlier.state, [len(prompts[0])], self.max_new_tokens)
+            written, past = self.earlier.written, self.earlier.tokens
         logits, state = decode.prefill(self.model, prompts, state)
         remembered = [[*past, *prompt] for prompt in prompts]
         carry = decode.start(logits, state, remembered, self.sampling, stops=self.eos, written=written)

@@ -29,6 +29,11 @@ class KVCache:
     def capacity(self) -> int:
         return self.k.shape[1]
 
+    def with_room(self, capacity: int) -> "KVCache":
+        """The same cache in a buffer that holds at least ``capacity`` tokens."""
+        more = [(0, 0), (0, max(0, capacity - self.capacity)), (0, 0), (0, 0)]
+        return KVCache(jnp.pad(self.k, more), jnp.pad(self.v, more), self.position)
+
     def append(
         self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], lengths: Int[Array, " B"]
     ) -> tuple["KVCache", Bool[Array, " B"]]:

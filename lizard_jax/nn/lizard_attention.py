@@ -108,15 +108,23 @@ class LizardMixer(nnx.Module):
         """The empty past. ``max_length`` is not needed: the state never grows."""
         config, switches = self.config, self.switches
         tokens = (config.kv_heads, config.head_dim)
-        ring = jnp.zeros((batch, switches.window, *tokens), dtype)
-        prefix = jnp.zeros((batch, switches.meta_tokens, *tokens), dtype) if switches.meta == "prefix" else None
+
+        def zeros(length: int) -> Array:
+            # An array of its own each time: a donated state may hold no buffer twice.
+            return jnp.zeros((batch, length, *tokens), dtype)
+
+        prefix = switches.meta_tokens if switches.meta == "prefix" else None
         linear = None
         if switches.memory != "none":
             linear = empty_state(
-                batch, self.state_heads, self.feature_width, config.head_dim, dtype=accumulation_dtype(ring),
+                batch, self.state_heads, self.feature_width, config.head_dim,
+                dtype=accumulation_dtype(jnp.zeros((), dtype)),
                 vector_gates=switches.gate in ("low_rank", "channel"),
             )  # fmt: skip
-        return LizardState(jnp.zeros((batch,), jnp.int32), ring, ring, prefix, prefix, linear)
+        return LizardState(
+            jnp.zeros((batch,), jnp.int32), zeros(switches.window), zeros(switches.window),
+            None if prefix is None else zeros(prefix), None if prefix is None else zeros(prefix), linear,
+        )  # fmt: skip
 
     def extend(
         self,
