@@ -15,6 +15,7 @@ ALLOWED: dict[str, list[str]] = {
     "config": ["errors", "typing"],
     "orbax_noise": ["errors"],
     "atomic": [],
+    "accelerators": [],
     "sharding": [*BASE, "pallas_kernels"],
     "nn": NN,
     "models": MODEL,
@@ -45,7 +46,7 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
-            parts = name.split(".")
+            parts = ("lizard_jax.load" if name == "lizard_jax" else name).split(".")
             if parts[0] in ("lizard_jax", "pallas_kernels", "configs"):
                 out.add(parts[1] if parts[0] == "lizard_jax" else parts[0])
     return out

@@ -1,0 +1,31 @@
+"""JAX is told of a machine without accelerators, and left alone everywhere else."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lizard_jax import accelerators
+
+
+@pytest.mark.parametrize(
+    ("nodes", "environment", "chosen"),
+    [([], {}, "cpu"), (["nvidia0"], {}, None), (["accel0"], {}, None), ([], {"JAX_PLATFORMS": "gpu"}, "gpu")],
+)
+def test_the_platform(tmp_path, monkeypatch, nodes, environment, chosen):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setitem(sys.modules, "jax", None)
+    monkeypatch.delitem(sys.modules, "jax")
+    for node in nodes:
+        (tmp_path / node).touch()
+    accelerators.settle_platform(environment, tmp_path)
+    assert environment.get("JAX_PLATFORMS") == chosen
+
+
+@pytest.mark.skipif(any(any(Path("/dev").glob(p)) for p in accelerators.DEVICES), reason="an accelerator is here")
+def test_nothing_is_said_of_plugins_without_devices(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    code = "import lizard_jax, jax; print(jax.devices()[0].platform)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("cpu\n", "")
