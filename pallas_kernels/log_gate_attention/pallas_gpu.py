@@ -43,8 +43,12 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
 WIDEST = 256  # features, values or raw values of a head
-PIECE = 64  # features that one matmul takes
-CHUNK = 32  # tokens; a state of more than 128 features and a feature map leave room for half of it
+# Matmuls that feed each other get one layout from Triton: where results are wider than high, it splits their columns
+# over the warps, and otherwise their rows, of which a chunk has few. So the last of each chain is wide, by these sizes.
+CHUNK, MAPPED_CHUNK = 32, 16  # tokens
+BLOCK = 32  # values of a head, in the kernels that carry a state
+PIECE = 64  # features that one matmul takes, where they are given
+SUM_PIECE, STATE_PIECE = 16, 32  # raw features of a map's cotangent, and values of a state, that one matmul takes
 WARPS = 8
 RUN = 8  # chunks whose cotangents of a feature map are summed in registers
 
@@ -54,8 +58,6 @@ class _Plan:
     """A problem as the kernels see it: padded sizes, and how they are cut.
 
     Attributes:
-        C: of a chunk. The backward pass, which computes all anew, has its own.
-        asked: length of a chunk that the caller asked for.
         half: features of a half of the map before padding; 0 where features are given.
     """
 
@@ -66,10 +68,10 @@ class _Plan:
     K: int
     H: int
     C: int
-    asked: int
     parts: int
     width: int
     half: int
+    X: int
     act: Act | None
     normalize: bool
     dtype: Any
@@ -82,11 +84,21 @@ class _Plan:
     @property
     def block(self) -> int:
         """Values of a head that one program of the first three kernels does."""
-        return min(self.H, 64 if self.parts * self.width <= 128 else 32)
+        return min(self.H, BLOCK)
 
     @property
     def run(self) -> int:
         return 1 if self.act is None else min(RUN, self.count)
+
+    @property
+    def raw_piece(self) -> int:
+        """Raw values that one matmul takes; found by compiling without spills."""
+        return 64 if self.width > 64 else 32
+
+    @property
+    def cuts(self) -> int:
+        """Programs that share the cotangents of a map between them; together their registers hold the sums."""
+        return 2 if self.width > 64 and self.X >= 32 else 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -166,10 +178,10 @@ class _Features(NamedTuple):
     exact: tuple[Float[Array, "C width"], ...] = ()
 
 
-def _pieces(X: int) -> list[Any]:
-    """Of the axis of raw queries and keys, which matmuls take in pieces as well."""
-    size = min(X, PIECE)
-    return [pl.ds(start, size) for start in range(0, X, size)]
+def _pieces(start, length: int, size: int) -> list[Any]:
+    """Slices of an axis, so that no matmul takes more of it at once."""
+    size = min(length, size)
+    return [pl.ds(start + at, size) for at in range(0, length, size)]
 
 
 def _features(chunk: _Chunk, ref, maps, head, raw_head) -> _Features:
@@ -178,7 +190,7 @@ def _features(chunk: _Chunk, ref, maps, head, raw_head) -> _Features:
     if plan.act is None:
         return _Features(_Loads(chunk, ref, head))
     scores = _sum(
-        _dot(chunk.load(ref, raw_head, piece), maps[head, piece].astype(plan.dtype)) for piece in _pieces(ref.shape[-1])
+        _dot(chunk.load(ref, raw_head, piece), maps[head, piece]) for piece in _pieces(0, plan.X, plan.raw_piece)
     )
     real = (_places(plan.width) < plan.half)[None, :]
     if plan.act == "exp":
@@ -196,7 +208,7 @@ def _softmax(scores: Float[Array, "C width"], real: Bool[Array, "1 width"]) -> F
     return raised / jnp.sum(raised, 1)[:, None]
 
 
-def _through_map(chunk: _Chunk, features: _Features, cotangents, ref, maps, head, raw_head, out, dmap):
+def _through_map(chunk: _Chunk, features: _Features, cotangents, ref, maps, head, raw_head, out, cut, dmap):
     """From cotangents of features to those of raw values, which are stored, and of the map, which join ``dmap``."""
     plan, on_scores = chunk.plan, []
     for exact, cotangent in zip(features.exact, cotangents, strict=True):
@@ -204,19 +216,23 @@ def _through_map(chunk: _Chunk, features: _Features, cotangents, ref, maps, head
         on_scores.append(product if plan.act == "exp" else product - exact * jnp.sum(product, 1)[:, None])
     dscores = (on_scores[0] - on_scores[1]).astype(plan.dtype)
     sums = []
-    for piece, sum_before in zip(_pieces(ref.shape[-1]), dmap, strict=True):
-        chunk.store(out, _dot(dscores, maps[head, piece].astype(plan.dtype), (1, 1)), head, piece)
+    for piece, sum_before in zip(_pieces(cut, plan.X // plan.cuts, SUM_PIECE), dmap, strict=True):
+        chunk.store(out, _dot(dscores, maps[head, piece], (1, 1)), head, piece)
         sums.append(sum_before + _dot(chunk.load(ref, raw_head, piece), dscores, (0, 0)))
     return tuple(sums)
 
 
-def _sum_maps(plan: _Plan, which, body: Callable, X: int, out, *index) -> None:
-    """Run ``body(i, dmap) -> dmap`` over the chunks of a run, and store the sum."""
-    zeros = tuple(jnp.zeros((min(X, PIECE), plan.width), jnp.float32) for _ in _pieces(X))
-    first = which * plan.run
-    dmap = lax.fori_loop(first, jnp.minimum(first + plan.run, plan.count), body, zeros)
-    for piece, part in zip(_pieces(X), dmap, strict=True):
-        out[(*index, piece)] = part
+def _sum_maps(plan: _Plan, body: Callable, out, b, head) -> None:
+    """Run ``body(i, cut, dmap) -> dmap`` over the chunks of a run for one cut of the raw axis, and store the sum."""
+    run, size = pl.program_id(2) // plan.cuts, plan.X // plan.cuts
+    cut = pl.program_id(2) % plan.cuts * size
+    zeros = tuple(jnp.zeros((min(size, SUM_PIECE), plan.width), jnp.float32) for _ in _pieces(0, size, SUM_PIECE))
+    first = run * plan.run
+    dmap = lax.fori_loop(
+        first, jnp.minimum(first + plan.run, plan.count), lambda i, dmap: body(i, cut, dmap), zeros
+    )  # fmt: skip
+    for piece, part in zip(_pieces(cut, size, SUM_PIECE), dmap, strict=True):
+        out[b, run, head, piece] = part
 
 
 class _Exponents(NamedTuple):
@@ -295,9 +311,9 @@ def _unscale(x: Float[Array, "C H"], decay: _Decay) -> Float[Array, "C H"]:
 
 
 class _State(NamedTuple):
-    """A cut of a state, in registers: parts of ``kv`` and ``z``, and the scale."""
+    """A cut of a state, in registers: parts of ``kv``, transposed, and of ``z``, and the scale."""
 
-    kv: tuple[Float[Array, "width block"], ...]
+    kv: tuple[Float[Array, "block width"], ...]
     z: tuple[Float[Array, " width"], ...]
     m: Float[Array, ""]
 
@@ -313,7 +329,7 @@ def _store_parts(ref, values, *index) -> None:
 
 def _load_state(kv_ref, z_ref, m_ref, plan: _Plan, columns, *index) -> _State:
     return _State(
-        _load_parts(kv_ref, plan, *index, (slice(None), columns)),
+        _load_parts(kv_ref, plan, *index, (columns, slice(None))),
         _load_parts(z_ref, plan, *index, (slice(None),)),
         m_ref[index],
     )
@@ -321,7 +337,7 @@ def _load_state(kv_ref, z_ref, m_ref, plan: _Plan, columns, *index) -> _State:
 
 def _store_state(refs, state: _State, columns, *index) -> None:
     kv_ref, z_ref, m_ref = refs
-    _store_parts(kv_ref, state.kv, *index, (slice(None), columns))
+    _store_parts(kv_ref, state.kv, *index, (columns, slice(None)))
     _store_parts(z_ref, state.z, *index, (slice(None),))
     m_ref[index] = state.m
 
@@ -331,7 +347,7 @@ def _advance(state: _State, k, v: Float[Array, "C block"], following: _Next) -> 
     kvs, zs = [], []
     for kv, z, part in zip(state.kv, state.z, k, strict=True):
         taken = following.take[:, None] * part.astype(jnp.float32)
-        kvs.append(following.keep * kv + _dot(taken.astype(v.dtype), v, (0, 0)))
+        kvs.append(following.keep * kv + _dot(v, taken.astype(v.dtype), (0, 0)))
         zs.append(following.keep * z + jnp.sum(taken, 0))
     return _State(tuple(kvs), tuple(zs), following.m)
 
@@ -374,17 +390,17 @@ def _forward_kernel(q_ref, k_ref, v_ref, g_ref, c_ref, kv_ref, z_ref, m_ref, *re
             k = _features(chunk, k_ref, k_maps, s, values).parts
             q = _features(chunk, q_ref, q_maps, n, n)
             weights = _sum(_dot(a, b, (1, 1)) for a, b in zip(q.parts, k, strict=True)) * decay.pair
-            on_state = _sum(_dot(a, kv.astype(a.dtype)) for a, kv in zip(q.parts, state.kv, strict=True))
             on_z = _sum(jnp.sum(a.astype(jnp.float32) * z[None, :], 1) for a, z in zip(q.parts, state.z, strict=True))
-            num = _dot(weights.astype(v.dtype), v) + decay.carried[:, None] * on_state
             den = jnp.sum(weights, 1) + decay.carried * on_z
             held = den > SMALLEST
             safe = jnp.where(held, den, 1.0)
             normalizer = decay.m + jnp.log(safe)
             normalizer = normalizer if q.scale is None else normalizer + q.scale
+            chunk.store(n_ref, jnp.where(held, normalizer, EMPTY), n)
+            on_state = _sum(_dot(a, kv.astype(a.dtype), (1, 1)) for a, kv in zip(q.parts, state.kv, strict=True))
+            num = decay.carried[:, None] * on_state + _dot(weights.astype(v.dtype), v)
             y = jnp.where(held[:, None], num / safe[:, None], 0.0) if plan.normalize else _unscale(num, decay)
             chunk.store(y_ref, y, n, columns)
-            chunk.store(n_ref, jnp.where(held, normalizer, EMPTY), n)
             return carry
 
         _loop(rows, read, ())
@@ -421,7 +437,7 @@ def _state_cotangents_kernel(
 
     def body(back, carry):
         i = plan.count - 1 - back
-        _store_parts(dkv_ends, carry[0], b, s, i, (slice(None), columns))
+        _store_parts(dkv_ends, carry[0], b, s, i, (columns, slice(None)))
         _store_parts(dz_ends, carry[1], b, s, i, (slice(None),))
         chunk = _Chunk(plan, b, i)
         g, m = chunk.load(g_ref, s), m_ref[b, s, i]
@@ -435,18 +451,18 @@ def _state_cotangents_kernel(
             pulled = ((decay.carried * chunk.load(a_ref, n))[:, None] * dy.astype(jnp.float32)).astype(dy.dtype)
             on_z = (decay.carried * chunk.load(b_ref, n))[:, None]
             return (
-                tuple(dkv + _dot(a, pulled, (0, 0)) for dkv, a in zip(carry[0], q, strict=True)),
+                tuple(dkv + _dot(pulled, a, (0, 0)) for dkv, a in zip(carry[0], q, strict=True)),
                 tuple(dz + jnp.sum(a.astype(jnp.float32) * on_z, 0) for dz, a in zip(carry[1], q, strict=True)),
             )
 
         return _loop(rows, read, jax.tree.map(lambda x: keep * x, carry))
 
     carry = (
-        _load_parts(dkv_ref, plan, b, s, (slice(None), columns)),
+        _load_parts(dkv_ref, plan, b, s, (columns, slice(None))),
         _load_parts(dz_ref, plan, b, s, (slice(None),)),
     )
     dkv, dz = _loop(plan.count, body, carry)
-    _store_parts(dkv_start, dkv, b, s, (slice(None), columns))
+    _store_parts(dkv_start, dkv, b, s, (columns, slice(None)))
     _store_parts(dz_start, dz, b, s, (slice(None),))
 
 
@@ -455,11 +471,11 @@ def _queries_kernel(
 ):  # fmt: skip
     (q_maps, k_maps), refs = _maps_first(refs, plan)
     dq_ref, a_ref, b_ref, since_ref, *dmaps_ref = refs
-    b, n, which = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    b, n = pl.program_id(0), pl.program_id(1)
     s = n // (plan.N // plan.S)
     values = s // (plan.S // plan.K)
 
-    def body(i, dmap):
+    def body(i, cut=0, dmap=()):
         chunk = _Chunk(plan, b, i)
         k = _features(chunk, k_ref, k_maps, s, values).parts
         q = _features(chunk, q_ref, q_maps, n, n)
@@ -468,10 +484,11 @@ def _queries_kernel(
         dy, dn = chunk.load(dy_ref, n, slice(None)), chunk.load(dn_ref, n)
         scores = _sum(_dot(x, y, (1, 1)) for x, y in zip(q.parts, k, strict=True)) * decay.pair
         on_values = _dot(dy, chunk.load(v_ref, values, slice(None)), (1, 1))
+        pieces = _pieces(0, plan.H, STATE_PIECE)
         den, y_dy, on_state = jnp.sum(scores, 1), jnp.sum(scores * on_values, 1), []
         for p, part in enumerate(q.parts):
             wide = part.astype(jnp.float32)
-            on_state.append(_dot(dy, kv_ref[b, s, i, p], (1, 1)))
+            on_state.append(_sum(_dot(chunk.load(dy_ref, n, rows), kv_ref[b, s, i, p, rows]) for rows in pieces))
             den += decay.carried * jnp.sum(wide * z_ref[b, s, i, p][None, :], 1)
             y_dy += decay.carried * jnp.sum(wide * on_state[p], 1)
         held = den > SMALLEST
@@ -496,13 +513,13 @@ def _queries_kernel(
         if plan.act is None:
             for p in range(plan.parts):
                 chunk.store(dq_ref, dq[p], n, pl.ds(p * plan.width, plan.width))
-            return dmap
-        return _through_map(chunk, q, dq, q_ref, q_maps, n, n, dq_ref, dmap)
+            return ()
+        return _through_map(chunk, q, dq, q_ref, q_maps, n, n, dq_ref, cut, dmap)
 
     if plan.act is None:
-        body(which, ())
+        body(pl.program_id(2))
     else:
-        _sum_maps(plan, which, body, q_ref.shape[-1], dmaps_ref[0], b, which, n)
+        _sum_maps(plan, body, dmaps_ref[0], b, n)
 
 
 def _keys_kernel(
@@ -534,7 +551,7 @@ def _keys_kernel(
         k = _features(chunk, k_ref, k_maps, s, values)
         filled = jnp.zeros((plan.C,), jnp.float32)
         for at, p in enumerate(parts):
-            on_part = take * (_dot(v, dkv_ref[b, s, i, p], (1, 1)) + dz_ref[b, s, i, p][None, :])
+            on_part = take * (_dot(v, dkv_ref[b, s, i, p]) + dz_ref[b, s, i, p][None, :])
             filled += jnp.sum(k.parts[p].astype(jnp.float32) * on_part, 1)
             dk[at] += on_part
         return chunk, k, dk, filled
@@ -548,12 +565,12 @@ def _keys_kernel(
         _Chunk(plan, b, which).store(filled_ref, total, s)
         return
 
-    def mapped(i, dmap):
+    def mapped(i, cut, dmap):
         chunk, k, dk, filled = body(i, (0, 1))
         chunk.store(filled_ref, filled, s)
-        return _through_map(chunk, k, dk, k_ref, k_maps, s, values, dk_ref, dmap)
+        return _through_map(chunk, k, dk, k_ref, k_maps, s, values, dk_ref, cut, dmap)
 
-    _sum_maps(plan, which, mapped, k_ref.shape[-1], dmaps_ref[0], b, which, s)
+    _sum_maps(plan, mapped, dmaps_ref[0], b, s)
 
 
 def _values_kernel(
@@ -596,7 +613,7 @@ def _values_kernel(
 
     for p, part in enumerate(_features(chunk, k_ref, k_maps, s, values).parts):
         taken = following.take[:, None] * part.astype(jnp.float32)
-        dv += _dot(taken.astype(plan.dtype), dkv_ref[b, s, i, p])
+        dv += _dot(taken.astype(plan.dtype), dkv_ref[b, s, i, p], (1, 1))
     chunk.store(dv_ref, dv, s, slice(None))
 
 
@@ -629,10 +646,10 @@ def _run_forward(plan: _Plan, q, k, v, g, c, state: LinearState, maps):
     B, T, N, S, H = plan.B, plan.T, plan.N, plan.S, plan.H
     outputs = (
         _array(B, T, N, H, dtype=v.dtype), _array(B, T, N),
-        _array(B, S, *plan.shape, H), _array(B, S, *plan.shape), _array(B, S),
+        _array(B, S, plan.parts, H, plan.width), _array(B, S, *plan.shape), _array(B, S),
         *([_array(B, T, S)] if plan.act == "exp" else []),
     )  # fmt: skip
-    inputs = (q, k, v, g, c, state.kv, state.z, state.m, *maps)
+    inputs = (q, k, v, g, c, state.kv, state.z, state.m, *(x.astype(q.dtype) for x in maps))
     y, n, kv, z, m, *scales = _call(_forward_kernel, plan, (B, S, H // plan.block), inputs, outputs, WARPS)
     return (y, n, LinearState(kv, z, m)), scales[0] if scales else c
 
@@ -648,20 +665,21 @@ def _attend_fwd(plan: _Plan, q, k, v, g, c, state: LinearState, maps):
 
 
 def _attend_bwd(plan: _Plan, saved, cotangents):
-    q, k, v, g, c, state, maps = saved
+    q, k, v, g, c, state, wide_maps = saved
     dy, dn, dstate = cotangents
-    if plan.act is None:
-        plan = dataclasses.replace(plan, C=_chunk(plan.T, plan.asked, wide=False))
+    maps = tuple(x.astype(q.dtype) for x in wide_maps)
     B, T, N, S, K, H = plan.B, plan.T, plan.N, plan.S, plan.K, plan.H
     grid, runs = (B, S, H // plan.block), -(-plan.count // plan.run)
 
-    ends = (_array(B, S, plan.count, *plan.shape, H, dtype=plan.dtype), _array(B, S, plan.count, *plan.shape))
+    ends = (
+        _array(B, S, plan.count, plan.parts, H, plan.width, dtype=plan.dtype), _array(B, S, plan.count, *plan.shape),
+    )  # fmt: skip
     states = _call(
         _states_kernel, plan, grid, (k, v, g, c, state.kv, state.z, state.m, *maps),
         (*ends, _array(B, S, plan.count)), WARPS,
     )  # fmt: skip
     dq, a, b, since, *dq_maps = _call(
-        _queries_kernel, plan, (B, N, runs), (q, k, v, dy, dn, g, c, *states, *maps),
+        _queries_kernel, plan, (B, N, runs * plan.cuts), (q, k, v, dy, dn, g, c, *states, *maps),
         (
             _array(*q.shape, dtype=q.dtype), _array(B, T, N), _array(B, T, N), _array(B, T, N),
             *(_array(B, runs, *x.shape) for x in maps[:1]),
@@ -669,12 +687,12 @@ def _attend_bwd(plan: _Plan, saved, cotangents):
     )  # fmt: skip
     *dends, dkv, dz = _call(
         _state_cotangents_kernel, plan, grid, (q, dy, a, b, g, c, states[2], dstate.kv, dstate.z, *maps),
-        (*ends, _array(B, S, *plan.shape, H), _array(B, S, *plan.shape)), WARPS,
+        (*ends, _array(B, S, plan.parts, H, plan.width), _array(B, S, *plan.shape)), WARPS,
     )  # fmt: skip
     # Where state heads share a key/value head, each leaves a cotangent of its own, and their sum is rounded once.
     shared = q.dtype if S == K else jnp.float32
     dk, filled, *dk_maps = _call(
-        _keys_kernel, plan, (B, S, runs), (q, k, v, dy, a, b, g, c, states[2], *dends, *maps),
+        _keys_kernel, plan, (B, S, runs * plan.cuts), (q, k, v, dy, a, b, g, c, states[2], *dends, *maps),
         (
             _array(B, T, S, k.shape[-1], dtype=shared if maps else k.dtype), _array(B, T, S),
             *(_array(B, runs, *x.shape) for x in maps[1:]),
@@ -691,15 +709,13 @@ def _attend_bwd(plan: _Plan, saved, cotangents):
     if S != K:
         dv = jnp.sum(dv.reshape(B, T, K, S // K, -1), 3).astype(v.dtype)
         dk = jnp.sum(dk.reshape(B, T, K, S // K, -1), 3).astype(k.dtype) if maps else dk
-    dmaps = tuple(jnp.sum(part, (0, 1)).astype(x.dtype) for part, x in zip((*dq_maps, *dk_maps), maps, strict=True))
+    dmaps = tuple(
+        jnp.sum(part, (0, 1)).astype(x.dtype) for part, x in zip((*dq_maps, *dk_maps), wide_maps, strict=True)
+    )
     return dq, dk, dv, dg, dc, LinearState(dkv, dz, jnp.zeros_like(dstate.m)), dmaps
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def _chunk(T: int, asked: int, wide: bool) -> int:
-    return 16 if wide or min(asked, T) <= 16 else CHUNK
 
 
 def _padded(q, k, v, g, c, state: LinearState, maps, act: Act | None, normalize: bool, chunk: int):
@@ -708,12 +724,13 @@ def _padded(q, k, v, g, c, state: LinearState, maps, act: Act | None, normalize:
     S, F = state.z.shape[1:]
     halves = 1 if act is None else 2
     half = F // halves
-    width = min(_power_of_two(half), PIECE)
+    width = min(_power_of_two(half), PIECE) if act is None else _power_of_two(half)
     parts = halves * (_power_of_two(half) // width)
     wide_H, wide_X = _power_of_two(H), _power_of_two(q.shape[-1])
+    C = MAPPED_CHUNK if act or min(chunk, T) <= 16 else CHUNK
     plan = _Plan(
-        B, T, N, S, K, wide_H, _chunk(T, chunk, wide=width * parts > 128 or act is not None), chunk, parts, width,
-        0 if act is None else half, act, normalize, q.dtype, target.current().interpret,
+        B, T, N, S, K, wide_H, C, parts, width, 0 if act is None else half, wide_X, act, normalize, q.dtype,
+        target.current().interpret,
     )  # fmt: skip
 
     def to_parts(x: Array) -> Array:
@@ -726,10 +743,10 @@ def _padded(q, k, v, g, c, state: LinearState, maps, act: Act | None, normalize:
 
     q, k, v = _pad(q, a3=wide_X), _pad(k, a3=wide_X), _pad(v, a3=wide_H)
     maps = tuple(_pad(x, a1=wide_X, a2=width) for x in maps)
-    before = LinearState(to_parts(_pad(state.kv, a3=wide_H)), to_parts(state.z), state.m)
+    before = LinearState(jnp.swapaxes(to_parts(_pad(state.kv, a3=wide_H)), -1, -2), to_parts(state.z), state.m)
     attended: Any = _attend(plan, q, k, v, g, c, before, maps)
     y, n, after = attended
-    return y[..., :H], n, LinearState(from_parts(after.kv)[..., :H], from_parts(after.z), after.m)
+    return y[..., :H], n, LinearState(from_parts(jnp.swapaxes(after.kv, -1, -2))[..., :H], from_parts(after.z), after.m)
 
 
 def attend(
