@@ -1,0 +1,173 @@
+"""What the retrieval evaluations share: their flags, a model that writes on, a grid of scores as table and picture."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from itertools import batched
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lizard_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lizard_jax.models.llama import Llama
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, lengths: Sequence[int], samples: str, form: bool = True) -> None:
+    """The flags that every retrieval evaluation has."""
+    parser.add_argument("checkpoint", metavar="CKPT", help="HF directory or hub id, Flax directory, or stage directory")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=list(lengths), metavar="N",
+        help=f"tokens of an example in all (default {' '.join(map(str, lengths))})",
+    )  # fmt: skip
+    parser.add_argument("--samples", type=int, metavar="N", help=samples)
+    if form:
+        from lizard_jax.data.haystack import FORMS
+
+        parser.add_argument(
+            "--form", choices=FORMS, default=FORMS[0],
+            help="alpaca: question and answer as in Alpaca records; plain: a sentence to end, for models that were "
+            "never taught to answer (default %(default)s)",
+        )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the examples (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="examples read side by side (default %(default)s)")
+    parser.add_argument("--out", metavar="DIR", help="also write result.json and the picture there")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as stored)"
+    )
+
+
+def check(told: argparse.Namespace, *more: str) -> None:
+    """Refuses numbers below 1 (a seed below 0), and puts lengths in order.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name in ("lengths", "samples", "batch", *more):
+        value = getattr(told, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {number}, must be at least 1")
+    if told.seed < 0:
+        raise UserError(f"--seed is {told.seed}, must be at least 0")
+    told.lengths = sorted(set(told.lengths))
+
+
+def tokenizer_source(checkpoint: str) -> str:
+    """Where the tokenizer of a checkpoint lies, found without reading its weights.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    from lizard_jax.convert.files import locate
+    from lizard_jax.train.checkpoint import read_json
+    from lizard_jax.train.run import teacher_dir
+
+    record = Path(checkpoint).expanduser() / "run.json"
+    if record.is_file():
+        return str(teacher_dir(read_json(record)["teacher"]["path"]))
+    return str(locate(checkpoint))
+
+
+def fits(vocab_size: int, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuses tokens that the model does not have.
+
+    Raises:
+        UserError: there is one.
+    """
+    largest = max(max(prompt) for prompt in prompts)
+    if largest >= vocab_size:
+        raise UserError(
+            f"vocabulary mismatch: an example holds token id {largest}, but the model's vocabulary has {vocab_size} "
+            f"entries; use the model's own tokenizer"
+        )
+
+
+def continuations(
+    model: "Llama",
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    new: Sequence[int],
+    *,
+    eos: Sequence[int] = (),
+    batch: int = 8,
+    tick: Callable[[int], Any] = lambda count: None,
+) -> list[str]:
+    """The greedy continuation of each prompt, without the token of ``eos`` that ends it.
+
+    Args:
+        new: most tokens written for each prompt.
+        tick: told how many prompts are done after each batch.
+    """
+    from lizard_jax.generate import decode
+    from lizard_jax.generate.sampling import Sampling
+
+    greedy, stops = Sampling(), tuple(eos)
+    size = min(batch, len(prompts))
+    told = []
+    for group in batched(zip(prompts, new, strict=True), size):
+        # A batch that is not full repeats its last row, so that one shape is compiled.
+        rows = [list(prompt) for prompt, _ in group]
+        rows += [rows[-1]] * (size - len(rows))
+        limit = max(count for _, count in group)
+        state = model.init_state(size, decode.capacity([len(row) for row in rows], limit))
+        logits, state = decode.prefill(model, rows, state)
+        carry = decode.start(logits, state, rows, greedy, stops=stops)
+        blocks, left = [np.asarray(carry.token)[None]], limit - 1
+        while left > 0 and bool(np.asarray(carry.alive).any()):
+            block, carry = decode.write(model, carry, min(left, decode.BLOCK), greedy, stops=stops)
+            blocks.append(block)
+            left -= decode.BLOCK
+        tokens = np.concatenate(blocks)
+        for place, (_, count) in enumerate(group):
+            row = [int(token) for token in tokens[:count, place] if token >= 0]
+            # Special tokens inside stay visible: without them a broken answer might look like a right one.
+            kept = row[:-1] if row and row[-1] in stops else row
+            told.append(tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        tick(len(group))
+    return told
+
+
+def show(title: str, rows: Sequence[tuple[str, Sequence[float | None]]], columns: Sequence[str], corner: str) -> None:
+    """A table of scores from 0 to 1, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    table.add_column(corner, justify="right")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, values in rows:
+        table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in values))
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def heat_map(
+    values: Sequence[Sequence[float | None]], *, rows: Sequence[str], columns: Sequence[str], title: str, axes: str
+) -> "Figure":
+    """Scores from 0 (red) to 1 (green) as a grid; ``axes`` names what runs across and what runs down, by a comma."""
+    from matplotlib.figure import Figure
+
+    grid = np.array([[np.nan if value is None else value for value in row] for row in values], np.float64)
+    figure = Figure(figsize=(2.5 + 0.8 * len(columns), 1.8 + 0.4 * len(rows)), layout="constrained")
+    plot = figure.subplots()
+    image = plot.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    plot.set_xticks(range(len(columns)), columns, rotation=45)
+    plot.set_yticks(range(len(rows)), rows)
+    across, down = axes.split(",")
+    plot.set(title=title, xlabel=across.strip(), ylabel=down.strip())
+    for row, line in enumerate(grid):
+        for column, value in enumerate(line):
+            if not np.isnan(value):
+                plot.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize="small")
+    figure.colorbar(image, ax=plot)
+    return figure
+
+
+def note(text: str) -> None:
+    """A line for the reader, beside the output."""
+    print(text, file=sys.stderr, flush=True)
