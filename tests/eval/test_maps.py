@@ -1,0 +1,66 @@
+"""The dense maps against the mixers they describe: weights times values are their outputs, and the shares add up."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lizard_jax.config import PRESETS, LizardConfig, ModelConfig, RopeConfig
+from lizard_jax.eval.maps import layer_maps
+from lizard_jax.nn.attention import Attention
+
+CONFIG = ModelConfig("llama", 31, 16, 24, 1, 4, 2, 8, 64)
+TIME = 29
+SMALL = {"window": 6, "chunk": 4, "meta_tokens": 3}
+ATTENTION = {
+    **{name: dataclasses.replace(switches, **SMALL) for name, switches in PRESETS.items()},
+    "learned": LizardConfig(meta="learned", gate="channel", gate_bias=False, **SMALL),
+    "prefix": LizardConfig(meta="prefix", gate="low_rank", gate_bias=False, linear_rope=True, **SMALL),
+    "window": LizardConfig(memory="none", **SMALL),
+    "softmax": None,
+    "sliding": None,
+}
+
+
+def layer(name):
+    config = dataclasses.replace(CONFIG, attention=ATTENTION[name], sliding_window=7 if name == "sliding" else None)
+    if name == "softmax":
+        config = dataclasses.replace(config, rope=RopeConfig(kind="dynamic", factor=2.0, original_max_positions=16))
+    attention = Attention(config, 0, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(attention)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [
+        leaf * (20 if leaf.ndim == 2 else 1) + 0.3 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return nnx.merge(graph, jax.tree.unflatten(tree, moved))
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_weights_times_values_are_the_heads(name):
+    attention = layer(name)
+    normed = jax.random.normal(jax.random.key(1), (1, TIME, 16))
+    q, k, v = attention.qkv(normed)
+    mixer = attention.mixer
+    run = jax.jit(lambda mixer, v: mixer(normed, q, k, v))
+    # What memory of its own adds is what comes out of values that are all zero.
+    heads = np.asarray(run(mixer, v) - run(mixer, jnp.zeros_like(v)), np.float64)[0]
+    maps = layer_maps(attention, normed)
+    values = np.repeat(np.asarray(v, np.float64)[0], 2, axis=1)
+    np.testing.assert_allclose(np.einsum("nij,jnh->inh", maps.total, values), heads, atol=2e-5)
+    assert maps.window.min() >= 0
+    assert maps.gated.min() >= 0
+
+    alpha = getattr(mixer, "alpha", None)
+    expected = 1.0 if alpha is None else 1.0 + float(alpha[...])
+    np.testing.assert_allclose(maps.total.sum(axis=-1) + maps.meta, expected, atol=1e-12)
+    if name in ("lizard", "learned"):
+        assert maps.meta.min() > 0
+        assert maps.gated[:, :6].max() == 0
+        assert maps.gated[:, 6:].sum(-1).min() > 0
+    if name in ("softmax", "sliding"):
+        assert maps.gated.max() == maps.meta.max() == 0
