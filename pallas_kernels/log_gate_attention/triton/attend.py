@@ -53,7 +53,7 @@ class Operands(NamedTuple):
 
 def _run(kernel, p: Problem, C: int, how: Launch, arrays, out_shape, grid, **sizes):
     given = {"N": p.N, "K": p.K, "HEADS": how.heads, "KEYS": how.keys, "BF": how.features, "BH": how.width}
-    given |= {"RESTS": _rests(p), "PRECISION": _precision(p)}
+    given |= {"PARTS": _parts(p), "PRECISION": _precision(p)}
     given |= {"X": p.width or 0, "BX": power(p.width or 16, 16), "SOFTMAX": p.act == "softmax"} | sizes
     return launch(
         kernel, *arrays, out_shape=out_shape, grid=grid, num_warps=how.num_warps, num_stages=how.num_stages, T=p.T,
@@ -65,9 +65,9 @@ def _precision(p: Problem) -> str:
     return "ieee" if p.dtype == jnp.float32 else "tf32"
 
 
-def _rests(p: Problem) -> bool:
-    """Whether a matmul's operand is less than fp32."""
-    return p.dtype != jnp.float32
+def _parts(p: Problem) -> int:
+    """Of the states that a gradient reads: rounded to a matmul's operand and, if that is less than fp32, the rest."""
+    return 1 if p.dtype == jnp.float32 else 2
 
 
 def _blocks(p: Problem, how: Launch) -> tuple[int, int, int]:
@@ -92,25 +92,24 @@ def decays(p: Problem, C: int, g, c, m) -> Decays:
 class States(NamedTuple):
     """States before each chunk, or cotangents of those after it: rounded, what rounding took, and ``z``."""
 
-    kvs: Float[Array, "B S chunks F H"]
-    rests: Float[Array, "B S chunks F H"]
+    kvs: Float[Array, "parts B S chunks F H"]
     zs: Float[Array, "B S chunks F"]
 
 
-def _states(p: Problem, C: int, rests: bool) -> list[jax.ShapeDtypeStruct]:
+def _states(p: Problem, C: int, parts: int) -> list[jax.ShapeDtypeStruct]:
     shape = (p.B, p.S, _count(p.T, C), p.F)
-    return [_like((*shape, p.H), p.dtype), _like((*shape, p.H) if rests else (1,), p.dtype), _like(shape)]
+    return [_like((parts, *shape, p.H), p.dtype), _like(shape)]
 
 
-def chunk_states(p: Problem, how: Plan, x: Operands, v, state: LinearState, by: Decays, rests: bool):
+def chunk_states(p: Problem, how: Plan, x: Operands, v, state: LinearState, by: Decays, parts: int):
     """The states before each chunk, and the last one."""
     from pallas_kernels.log_gate_attention.triton.forward import states_kernel
 
-    out = [*_states(p, how.chunk, rests), _like(state.kv.shape), _like(state.z.shape)]
+    out = [*_states(p, how.chunk, parts), _like(state.kv.shape), _like(state.z.shape)]
     arrays = (*x[3:], v, state.kv, state.z, by.take, by.keep)
     grid = _blocks(p, how.states)
-    kvs, rest, zs, kv, z = _run(states_kernel, p, how.chunk, how.states, arrays, out, grid, RESTS=rests)
-    return States(kvs, rest, zs), LinearState(kv, z, by.m_last)
+    kvs, zs, kv, z = _run(states_kernel, p, how.chunk, how.states, arrays, out, grid, PARTS=parts)
+    return States(kvs, zs), LinearState(kv, z, by.m_last)
 
 
 def forward(p: Problem, how: Plan, x: Operands, v, g, c, state: LinearState, normalize: bool):
@@ -127,10 +126,10 @@ def forward(p: Problem, how: Plan, x: Operands, v, g, c, state: LinearState, nor
         arrays = (x.q, x.k, v, state.kv, state.z, *by[:8])
         y, n, den, kv, z = run(fused_kernel, p, how.chunk, how.forward, arrays, out, grid)
         return y, n, den, LinearState(kv, z, by.m_last)
-    starts, last = chunk_states(p, how, x, v, state, by, rests=False)
+    starts, last = chunk_states(p, how, x, v, state, by, parts=1)
     parts = _count(p.N // p.S, how.outputs.heads) * _count(p.H, how.outputs.width)
     grid = (p.B * p.S, _count(p.T, how.chunk), parts)
-    y, n, den = run(outputs_kernel, p, how.chunk, how.outputs, (*x, v, *by[:6], starts.kvs, starts.zs), out, grid)
+    y, n, den = run(outputs_kernel, p, how.chunk, how.outputs, (*x, v, *by[:6], *starts), out, grid)
     return y, n, den, last
 
 
@@ -139,20 +138,20 @@ def backward(p: Problem, how: Plan, x: Operands, v, g, c, state: LinearState, de
     from pallas_kernels.log_gate_attention.triton.backward import cotangents_kernel, keys_kernel, rows_kernel
 
     dy, dn, dstate = cotangents
-    C, rests = how.chunk, _rests(p)
+    C, parts = how.chunk, _parts(p)
     by = decays(p, C, g, c, state.m)
-    starts, _ = chunk_states(p, how, x, v, state, by, rests)
+    starts, _ = chunk_states(p, how, x, v, state, by, parts)
     run = functools.partial(_run, NORMALIZE=normalize)
     chunks, E = _count(p.T, C), p.F // 2 if p.act else p.F
     places = (p.B, p.S, chunks * C)
 
     blocks = _count(p.N // p.S, how.rows.heads)
     out = [_like((p.B, p.T, p.N, E), p.dtype), _like(dn.shape), _like((blocks, *places)), _like((blocks, *places))]
-    arrays = (*x, v, dy, dn, den, *by[:6], starts.kvs, starts.zs)
+    arrays = (*x, v, dy, dn, den, *by[:6], *starts)
     dq, b, dg_rows, dc_rows = run(rows_kernel, p, C, how.rows, arrays, out, (p.B * p.S, chunks, blocks))
 
     grid = _blocks(p, how.cotangents)
-    out = [*_states(p, C, rests), _like(state.kv.shape), _like(state.z.shape), _like((*grid[1:], p.B, p.S, chunks))]
+    out = [*_states(p, C, parts), _like(state.kv.shape), _like(state.z.shape), _like((*grid[1:], p.B, p.S, chunks))]
     arrays = (*x[:3], dy, b, den, dstate.kv, dstate.z, by.own, by.reads, by.keep, *starts)
     *ends, dkv, dz, kept = run(cotangents_kernel, p, C, how.cotangents, arrays, out, grid)
 

@@ -4,7 +4,8 @@ A pair's weight has the cotangent ``a_i (dy_i·v_j) + b_i``, where ``a`` divides
 ``e^m``). The kernel that goes by rows gives the queries' gradients and finds ``b``; it comes first. ``b`` has
 ``y·dy`` in it, found from the same products as the weights' cotangents and not from a rounded ``y``, whose error would
 be the same for every key. The cotangents ``e_ij`` of exponents reach gate ``t`` as ``Σ_{i ≥ t} Σ_{j < t} e_ij``, summed
-as it stands. They nearly cancel, so states and their cotangents enter them with what rounding took.
+as it stands. Where few tokens make up the memory, what they and the queries' gradients are sums of nearly cancels, so
+states and their cotangents enter both with what rounding took.
 """
 
 # Triton compiles these functions from their source; what it accepts is not what its annotations say.
@@ -40,15 +41,16 @@ def _row_factor(den_ptr, own_ptr, row, rows_in, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def _on_state(
-    dy_ptr, kvs_ptr, row, rows_in, f, inside, ROWS: tl.constexpr,
-    H: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
+    dy_ptr, kvs_ptr, part_size, row, rows_in, f, inside, ROWS: tl.constexpr,
+    H: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dy·kvᵀ`` of each row: ``[ROWS, BF]``."""
     out = tl.zeros((ROWS, BF), tl.float32)
-    for start in range(0, H, BH):
-        h = start + tl.arange(0, BH)
+    steps: tl.constexpr = (H + BH - 1) // BH
+    for step in tl.range(0, steps * PARTS, disable_licm=True):
+        h = (step % steps) * BH + tl.arange(0, BH)
         dy = load_tile(dy_ptr, row, h, rows_in, H)
-        kv = load_tile_t(kvs_ptr, f, h, inside, H)
+        kv = load_tile_t(kvs_ptr + (step // steps) * part_size, f, h, inside, H)
         out = tl.dot(dy, kv, out, input_precision=PRECISION)
     return out
 
@@ -61,7 +63,7 @@ def rows_kernel(
     N: tl.constexpr, S: tl.constexpr, K: tl.constexpr, F: tl.constexpr, H: tl.constexpr,
     X: tl.constexpr, BX: tl.constexpr, SOFTMAX: tl.constexpr,
     C: tl.constexpr, HEADS: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
-    NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries, ``b``, and what reaches gates and key scales through outputs; of ``HEADS`` query heads.
 
@@ -93,6 +95,7 @@ def rows_kernel(
     dy_ptr += first_row * H
     k_ptr += (token * S + s) * F if X == 0 else (token * K + s // (S // K)) * X
     kvs_ptr += at * F * H
+    part_size = tl.num_programs(0).to(tl.int64) * chunks * F * H
     v_ptr += (token * K + s // (S // K)) * H
 
     on_values = tl.zeros((HEADS * C, C), tl.float32)
@@ -112,8 +115,9 @@ def rows_kernel(
             k = features_t(s_k, k_shift_ptr + half * batches * T * S, place * S, keys_in, e, half, E, X, dtype)
             qk = tl.dot(q, k, qk, input_precision=PRECISION)
             if NORMALIZE:
+                f = half * E + e
                 on_state = _on_state(
-                    dy_ptr, kvs_ptr, row, rows_in, half * E + e, e < E, HEADS * C, H, BF, BH, PRECISION
+                    dy_ptr, kvs_ptr, part_size, row, rows_in, f, e < E, HEADS * C, H, BF, BH, PARTS, PRECISION
                 )
                 reads_kv += tl.sum(q.to(tl.float32) * on_state, 1)
 
@@ -138,7 +142,9 @@ def rows_kernel(
         out = tl.zeros((HEADS * C, BF), tl.float32)
         for half in tl.range(0, HALVES, disable_licm=True):
             f = half * E + e
-            on_state = _on_state(dy_ptr, kvs_ptr, row, rows_in, f, e < E, HEADS * C, H, BF, BH, PRECISION)
+            on_state = _on_state(
+                dy_ptr, kvs_ptr, part_size, row, rows_in, f, e < E, HEADS * C, H, BF, BH, PARTS, PRECISION
+            )
             z = tl.load(zs_ptr + at * F + f, mask=e < E, other=0.0)
             on_state = reads[:, None] * (a[:, None] * on_state + b[:, None] * z[None, :])
             q = features(s_q, q_shift_ptr + half * batches * T * N, row, rows_in, e, half, E, X, dtype)
@@ -161,10 +167,10 @@ def rows_kernel(
 @triton.jit
 def cotangents_kernel(
     q_ptr, q_map_ptr, q_shift_ptr, dy_ptr, b_ptr, den_ptr, dkv_ptr, dz_ptr, own_ptr, reads_ptr, keep_ptr,
-    kvs_ptr, kv_rests_ptr, zs_ptr, dkvs_ptr, rests_ptr, dzs_ptr, dkv_out_ptr, dz_out_ptr, kept_ptr, T, chunks,
+    kvs_ptr, zs_ptr, dkvs_ptr, dzs_ptr, dkv_out_ptr, dz_out_ptr, kept_ptr, T, chunks,
     N: tl.constexpr, S: tl.constexpr, F: tl.constexpr, H: tl.constexpr, X: tl.constexpr, BX: tl.constexpr,
     C: tl.constexpr, HEADS: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
-    RESTS: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Cotangents of the state after each chunk and before the first, kept as ``states_kernel`` keeps states.
 
@@ -180,6 +186,7 @@ def cotangents_kernel(
     x = tl.arange(0, HEADS * C)
     i = x % C
     first = tl.program_id(2) == 0
+    part_size = tl.num_programs(0).to(tl.int64) * chunks * F * H
     dkv = load_tile(dkv_ptr + head * F * H, f, h, inside, H)
     dz = tl.load(dz_ptr + head * F + f, mask=inside, other=0.0)
     dz = tl.where(tl.arange(0, 16)[None, :] == 0, dz[:, None], 0.0)
@@ -188,15 +195,15 @@ def cotangents_kernel(
         at = head * chunks + n
         rounded = dkv.to(dkvs_ptr.dtype.element_ty)
         store_tile(dkvs_ptr + at * F * H, f, h, inside, rounded, H)
-        if RESTS:
-            store_tile(rests_ptr + at * F * H, f, h, inside, dkv - rounded.to(tl.float32), H)
+        if PARTS > 1:
+            store_tile(dkvs_ptr + part_size + at * F * H, f, h, inside, dkv - rounded.to(tl.float32), H)
         if first:
             tl.store(dzs_ptr + at * F + f, tl.sum(dz, 1), mask=inside)
         keep = tl.load(keep_ptr + at)
         dkv, dz = keep * dkv, keep * dz
         kv = load_tile(kvs_ptr + at * F * H, f, h, inside, H).to(tl.float32)
-        if RESTS:
-            kv += load_tile(kv_rests_ptr + at * F * H, f, h, inside, H).to(tl.float32)
+        if PARTS > 1:
+            kv += load_tile(kvs_ptr + part_size + at * F * H, f, h, inside, H).to(tl.float32)
         kept = tl.sum(tl.sum(kv * dkv, 1), 0)
         if first:
             z = tl.load(zs_ptr + at * F + f, mask=inside, other=0.0)
@@ -226,15 +233,15 @@ def cotangents_kernel(
 
 @triton.jit
 def _through_state(
-    k, v, dv, take, dkvs_ptr, rests_ptr, dzs_ptr, f, h, inside,
-    H: tl.constexpr, RESTS: tl.constexpr, PRECISION: tl.constexpr,
+    k, v, dv, take, dkvs_ptr, part_size, dzs_ptr, f, h, inside,
+    H: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the state after the chunk gives to keys, values (added to ``dv``) and the keys' weights in it."""
     dkv = load_tile(dkvs_ptr, f, h, inside, H)
     dv += take[:, None] * tl.dot(k, dkv, input_precision=PRECISION)
     dk = tl.dot(v, tl.trans(dkv), input_precision=PRECISION)
-    if RESTS:
-        dk = tl.dot(v, load_tile_t(rests_ptr, f, h, inside, H), dk, input_precision=PRECISION)
+    if PARTS > 1:
+        dk = tl.dot(v, load_tile_t(dkvs_ptr + part_size, f, h, inside, H), dk, input_precision=PRECISION)
     dk = take[:, None] * (dk + tl.load(dzs_ptr + f, mask=inside, other=0.0)[None, :])
     return dk, dv, tl.sum(k.to(tl.float32) * dk, 1)
 
@@ -242,12 +249,12 @@ def _through_state(
 @triton.jit
 def keys_kernel(
     q_ptr, q_map_ptr, q_shift_ptr, k_ptr, k_map_ptr, k_shift_ptr, v_ptr, dy_ptr, b_ptr, den_ptr,
-    hi_ptr, lo_ptr, M_ptr, own_ptr, start_ptr, take_ptr, dkvs_ptr, rests_ptr, dzs_ptr,
+    hi_ptr, lo_ptr, M_ptr, own_ptr, start_ptr, take_ptr, dkvs_ptr, dzs_ptr,
     dk_ptr, dv_ptr, dg_ptr, dc_ptr, T, chunks,
     N: tl.constexpr, S: tl.constexpr, K: tl.constexpr, F: tl.constexpr, H: tl.constexpr,
     X: tl.constexpr, BX: tl.constexpr, SOFTMAX: tl.constexpr,
     C: tl.constexpr, KEYS: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
-    RESTS: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``KEYS`` keys and values, and what reaches gates and key scales through the state after the chunk.
 
@@ -276,13 +283,13 @@ def keys_kernel(
     take = tl.load(take_ptr + at * C + j)
     dv = tl.zeros((KEYS, BH), tl.float32)
     dkvs_ptr += at * F * H
-    rests_ptr += at * F * H
+    part_size = tl.num_programs(0).to(tl.int64) * chunks * F * H
     dzs_ptr += at * F
-    dk, dv, into = _through_state(k, v, dv, take, dkvs_ptr, rests_ptr, dzs_ptr, e, h, e < E, H, RESTS, PRECISION)
+    dk, dv, into = _through_state(k, v, dv, take, dkvs_ptr, part_size, dzs_ptr, e, h, e < E, H, PARTS, PRECISION)
     if X > 0:
         k2 = features(s_k, k_shift_ptr + batches * T * S, j * S, keys_in, e, 1, E, X, dtype)
         dk2, dv, into2 = _through_state(
-            k2, v, dv, take, dkvs_ptr, rests_ptr, dzs_ptr, E + e, h, e < E, H, RESTS, PRECISION
+            k2, v, dv, take, dkvs_ptr, part_size, dzs_ptr, E + e, h, e < E, H, PARTS, PRECISION
         )
         into += into2
     tl.store(dc_ptr + at * C + j, into)

@@ -33,14 +33,14 @@ def block_of_features(block, F: tl.constexpr, BF: tl.constexpr, X: tl.constexpr)
 @triton.jit
 def states_kernel(
     k_ptr, k_map_ptr, k_shift_ptr, v_ptr, kv_ptr, z_ptr, take_ptr, keep_ptr,
-    kvs_ptr, rests_ptr, zs_ptr, kv_out_ptr, z_out_ptr, T, chunks,
+    kvs_ptr, zs_ptr, kv_out_ptr, z_out_ptr, T, chunks,
     S: tl.constexpr, K: tl.constexpr, F: tl.constexpr, H: tl.constexpr, X: tl.constexpr, BX: tl.constexpr,
-    C: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr, RESTS: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state before each chunk and after the last: a program per head and ``[BF, BH]`` block, from chunk to chunk.
 
-    ``kvs[B, S, chunks, F, H]`` is rounded to what matmuls read, and with ``RESTS`` what rounding took is kept beside
-    it; ``zs[B, S, chunks, F]`` is fp32.
+    The first part of ``kvs[PARTS, B, S, chunks, F, H]`` is rounded to what matmuls read, the second what rounding took;
+    ``zs[B, S, chunks, F]`` is fp32.
     """
     head = tl.program_id(0).to(tl.int64)
     batch, s = head // S, head % S
@@ -58,8 +58,10 @@ def states_kernel(
         at = head * chunks + n
         rounded = kv.to(kvs_ptr.dtype.element_ty)
         store_tile(kvs_ptr + at * F * H, f, h, inside, rounded, H)
-        if RESTS:
-            store_tile(rests_ptr + at * F * H, f, h, inside, kv - rounded.to(tl.float32), H)
+        if PARTS > 1:
+            store_tile(
+                kvs_ptr + (tl.num_programs(0) * chunks + at) * F * H, f, h, inside, kv - rounded.to(tl.float32), H
+            )
         if first:
             tl.store(zs_ptr + at * F + f, tl.sum(z, 1), mask=inside)
         token, kept = batch * T + n * C, n * C + place < T

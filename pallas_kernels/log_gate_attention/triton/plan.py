@@ -6,14 +6,14 @@ import dataclasses
 
 from pallas_kernels.log_gate_attention.problem import Problem
 from pallas_kernels.target import Target
+from pallas_kernels.triton_launch import capability
 
 _PROCESSORS = {"sm_80": 108, "sm_90": 132}
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Of one kernel: columns of features and of values in a tile, query heads or keys in its rows, and how it
-    is run."""
+    """Of one kernel: columns of features and of values in a tile, query heads or keys in its rows; how it is run."""
 
     features: int
     width: int
@@ -54,7 +54,7 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     it only where every query head has a state of its own.
     """
     wide = problem.dtype.itemsize > 2
-    ampere = (target.chip or "sm_90") < "sm_90"
+    ampere = (capability(target.chip) or 90) < 90
     F, H, group = power(problem.F, 16), power(problem.H, 16), problem.N // problem.S
     C = max(16, min(32 if wide else 64, 1 << (chunk.bit_length() - 1), power(problem.T)))
     # Query heads have each a map of their own, so a tile of computed features is of one.
@@ -67,7 +67,7 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     small = group == 1 and F <= 128  # one query head's rows and a state of half the registers
     few = ampere and group > 1 and F <= 128
     if problem.act:
-        return _mapped(problem, min(C, 32) if ampere or F > 128 else C)
+        return _mapped(problem, min(C, 16 if ampere and F > 128 else 32))
     return Plan(
         chunk=C,
         fused=fills and room and (group == 1 or not ampere),
@@ -75,8 +75,8 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
         states=Launch(*tile, num_stages=3),
         outputs=Launch(tile[0], tile[1] if ampere else min(H, 128), heads, num_warps=8),
         cotangents=Launch(*tile, 1 if ampere else heads, num_warps=8),
-        rows=Launch(*tile, 1 if ampere else heads, num_warps=8),
-        keys=Launch(F, H, keys=min(C, 16 if few else 32), num_warps=8, num_stages=2 if few else 1),
+        rows=Launch(tile[0], min(H, 32) if ampere else tile[1], 1 if ampere else heads, num_warps=8),
+        keys=Launch(F, H, keys=min(C, 16 if few or wide else 32), num_warps=8, num_stages=2 if few else 1),
     )
 
 
@@ -91,6 +91,6 @@ def _mapped(problem: Problem, C: int) -> Plan:
         states=Launch(*tile, num_warps=8),
         outputs=Launch(min(tile[0], 32) if E > 64 else tile[0], tile[1], num_warps=8, num_stages=1),
         cotangents=Launch(*tile, num_warps=8, num_stages=1),
-        rows=Launch(E, tile[1], num_warps=8, num_stages=1),
+        rows=Launch(E, min(H, 2 * block), num_warps=8, num_stages=1),
         keys=Launch(E, H, keys=16, num_warps=8, num_stages=1),
     )
