@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lizard_jax.models.llama import Llama
@@ -13,10 +13,7 @@ if TYPE_CHECKING:
 
         source: str
 
-        @overload
-        def generate(self, prompt: str, **options: Any) -> str: ...
-        @overload
-        def generate(self, prompt: Sequence[str], **options: Any) -> list[str]: ...
+        def generate(self, prompt: str | Sequence[str], **options: Any) -> str | list[str]: ...
 
 
 def load(path: str | Path, *, dtype: Any = None) -> "TextModel":

@@ -39,7 +39,7 @@ class FeatureMap(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.heads = heads
-        self.act = act
+        self.act: Literal["softmax", "exp"] = act
         if start == "identity":
             kernel = jnp.broadcast_to(identity_start(head_dim, half), (heads, head_dim, half))
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -184,8 +184,9 @@ def log_gate_step(
     _check("log_gate", log_gate.shape, (B, S), (B, S, F))
     wide = _accumulator(q_feat, k_feat, v, log_gate, k_log_scale, state.kv)
     g, c = _gates(log_gate, k_log_scale, (B, S), wide)
-    tokens = (x.astype(wide) for x in (q_feat, k_feat, v))
-    y, n, state = step(*tokens, g, c, state=_state(state, B, S, F, H, wide, log_gate.ndim == 3), normalize=normalize)
+    q, k, values = (x.astype(wide) for x in (q_feat, k_feat, v))
+    memory = _state(state, B, S, F, H, wide, log_gate.ndim == 3)
+    y, n, state = step(q, k, values, g, c, state=memory, normalize=normalize)
     return y.astype(v.dtype), n, state
 
 
@@ -238,7 +239,7 @@ def _state(state: LinearState | None, B: int, S: int, F: int, H: int, wide, vect
     return LinearState(state.kv.astype(wide), state.z.astype(wide), jax.lax.stop_gradient(m.astype(wide)))
 
 
-def _asked(y, n, state, return_log_normalizer: bool, return_final_state: bool):
+def _asked(y, n, state, return_log_normalizer: bool, return_final_state: bool) -> Any:
     if not (return_log_normalizer or return_final_state):
         return y
     return (y, *([n] if return_log_normalizer else []), *([state] if return_final_state else []))
