@@ -69,7 +69,8 @@ def problem(B: int, S: int, F: int, dtype="bfloat16", **kind) -> Problem:
         (problem(1, 8, 128), H100, False),
         (problem(16, 32, 128), H100, True),
         (problem(16, 32, 128), A100, True),
-        (problem(64, 8, 128), H100, True),
+        (problem(16, 8, 128), H100, True),
+        (problem(8, 8, 128), H100, False),
         (problem(64, 8, 128), A100, False),
     ],
 )

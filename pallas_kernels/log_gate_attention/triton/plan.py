@@ -50,8 +50,8 @@ def power(x: int, least: int = 1) -> int:
 def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     """Defaults: the largest tiles that compile without register spills at the shapes of 7-8B models.
 
-    Outputs and states are computed in one pass where batch and heads fill the card twice over; Ampere's registers allow
-    it only where every query head has a state of its own.
+    Outputs and states are computed in one pass where batch and heads fill the card once and a half; Ampere's registers
+    allow it only where every query head has a state of its own.
     """
     wide = problem.dtype.itemsize > 2
     ampere = (capability(target.chip) or 90) < 90
@@ -62,7 +62,7 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     block = 32 if wide else 64
     width = min(H, 32 if wide or ampere or F > 128 else 64)
     room = F <= 128 or (group == 1 and not ampere)
-    fills = problem.B * problem.S * (H // width) >= 2 * _PROCESSORS.get(target.chip or "", 132)
+    fills = 2 * problem.B * problem.S * (H // width) >= 3 * _PROCESSORS.get(target.chip or "", 132)
     tile = (min(F, block), min(H, block))
     small = group == 1 and F <= 128  # one query head's rows and a state of half the registers
     few = ampere and group > 1 and F <= 128
@@ -71,7 +71,7 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     return Plan(
         chunk=C,
         fused=fills and room and (group == 1 or not ampere),
-        forward=Launch(F, width, heads, num_warps=4 if small else 8, num_stages=2 if small and not ampere else 1),
+        forward=Launch(F, width, heads, num_warps=4 if small else 8, num_stages=1),
         states=Launch(*tile, num_stages=3),
         outputs=Launch(tile[0], tile[1] if ampere else min(H, 128), heads, num_warps=8),
         cotangents=Launch(*tile, 1 if ampere else heads, num_warps=8),
