@@ -63,12 +63,12 @@ def tokenizer_source(checkpoint: str) -> str:
     Raises:
         UserError: there is no such checkpoint.
     """
-    from lizard_jax.convert.files import locate
-    from lizard_jax.train.checkpoint import read_json
-    from lizard_jax.train.run import teacher_dir
+    from lizard_jax.convert.files import locate, read_json
 
     record = Path(checkpoint).expanduser() / "run.json"
     if record.is_file():
+        from lizard_jax.train.run import teacher_dir
+
         return str(teacher_dir(read_json(record)["teacher"]["path"]))
     return str(locate(checkpoint))
 
