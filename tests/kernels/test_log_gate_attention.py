@@ -26,6 +26,10 @@ every = pytest.mark.parametrize("implementation", AVAILABLE)
 others = pytest.mark.parametrize("implementation", [name for name in AVAILABLE if name != "reference"])
 plain = pytest.mark.parametrize("implementation", [name for name in AVAILABLE if name not in parity.STAND_INS])
 
+kernels = pytest.mark.parametrize("implementation", [name for name in AVAILABLE if name in parity.STAND_INS])
+
+long = [name for name in AVAILABLE if name == "xla" or (name in parity.STAND_INS and jax.default_backend() != "cpu")]
+
 # (B, T, N, K, S, F, H): what every implementation takes.
 SHAPES = [
     Shape(1, 1, 2, 1, 1, 16, 16),
@@ -40,6 +44,8 @@ SHAPES = [
     Shape(2, 70, 4, 2, 4, 32, 16, act="softmax", X=32),
     Shape(1, 130, 4, 1, 1, 64, 32, act="exp", X=48),
 ]
+# An interpreter takes seconds a case: on a CPU kernels skip the largest shapes, which ``benchmarks.parity`` draws too.
+INTERPRETED = (0, 1, 2, 3, 5, 8, 9, 10) if jax.default_backend() == "cpu" else range(len(SHAPES))
 # What only plain JAX takes: odd widths, gates of one value per feature.
 ODD = [
     Shape(2, 33, 6, 2, 6, 24, 20, chunk=16, normalize=False),
@@ -60,16 +66,26 @@ def hold(implementation: str, shape: Shape, dtype: str, draws: int) -> None:
         assert not wrong, values
 
 
-@others
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_parity_fp32(implementation, shape):
-    hold(implementation, shape, "float32", draws=4)
+def test_parity_fp32(shape):
+    hold("xla", shape, "float32", draws=4)
 
 
-@others
-@pytest.mark.parametrize("shape", SHAPES[3:6] + SHAPES[-2:], ids=str)
-def test_parity_bf16(implementation, shape):
-    hold(implementation, shape, "bfloat16", draws=3)
+@pytest.mark.parametrize("shape", [SHAPES[i] for i in (3, 4, 5, 9, 10)], ids=str)
+def test_parity_bf16(shape):
+    hold("xla", shape, "bfloat16", draws=3)
+
+
+@kernels
+@pytest.mark.parametrize("shape", [SHAPES[i] for i in INTERPRETED], ids=str)
+def test_parity_of_kernels_fp32(implementation, shape):
+    hold(implementation, shape, "float32", draws=2)
+
+
+@kernels
+@pytest.mark.parametrize("shape", [SHAPES[i] for i in (3, 5, 10)], ids=str)
+def test_parity_of_kernels_bf16(implementation, shape):
+    hold(implementation, shape, "bfloat16", draws=2)
 
 
 @pytest.mark.parametrize("shape", ODD, ids=str)
@@ -248,7 +264,7 @@ def test_padding_leaves_no_trace(implementation):
             np.testing.assert_array_equal(n[:, ~held], jnp.float32(-1e30))
 
 
-@pytest.mark.parametrize("implementation", [name for name in AVAILABLE if name not in ("reference", "triton")])
+@pytest.mark.parametrize("implementation", long)
 @pytest.mark.parametrize("gate", [np.log(1e-30), -1e30, -1e-7, 0.0, None])
 def test_thousands_of_steps_stay_finite(implementation, gate):
     s = Shape(1, 3000, 2, 1, 1, 16, 16)
