@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.util
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import target
+from pallas_kernels.log_gate_attention import tuned
 from pallas_kernels.log_gate_attention.problem import Problem
 from pallas_kernels.log_gate_attention.triton import cannot_run
 from pallas_kernels.log_gate_attention.triton.plan import Launch, Plan, plan
@@ -145,3 +147,16 @@ def test_the_same_kernel_compiles_in_the_process_that_interpreted_it():
     with target.override(A100):
         lowered = jax.jit(lambda x: run(x)).trace(x).lower(lowering_platforms=("cuda",))
     assert "triton_kernel_call" in lowered.as_text()
+
+
+def test_measured_sizes_come_first(monkeypatch, tmp_path):
+    problem = Problem(16, 2048, 32, 32, 32, 128, 128, jnp.dtype("bfloat16"))
+    default = plan(problem, Target("gpu", "sm_90"), 64)
+    best = dataclasses.replace(default, chunk=32, states=dataclasses.replace(default.states, num_warps=2))
+    row = {"op": "log_gate_attention", "chip": "sm_90", "pass": "forward", "F": 128, "H": 128, "G": 1}
+    (tmp_path / "tuned.json").write_text(json.dumps([row | {"choice": dataclasses.asdict(best), "ms": 1.0}]))
+    monkeypatch.setattr(tuned, "TABLE", tmp_path / "tuned.json")
+    assert plan(problem, Target("gpu", "sm_90"), 64) == best
+    assert plan(problem, Target("gpu", "sm_80"), 64) != best
+    # One pass was measured where batch and heads fill the card.
+    assert not plan(dataclasses.replace(problem, B=1), Target("gpu", "sm_90"), 64).fused

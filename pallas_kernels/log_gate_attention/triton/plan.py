@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from pallas_kernels.log_gate_attention import tuned
 from pallas_kernels.log_gate_attention.problem import Problem
 from pallas_kernels.target import Target
 from pallas_kernels.triton_launch import capability
@@ -48,7 +49,7 @@ def power(x: int, least: int = 1) -> int:
 
 
 def plan(problem: Problem, target: Target, chunk: int) -> Plan:
-    """Defaults: the largest tiles that compile without register spills at the shapes of 7-8B models.
+    """What was measured to be fastest, else the largest tiles that compile without spills at the shapes of 7-8B models.
 
     Outputs and states are computed in one pass where batch and heads fill the card once and a half; Ampere's registers
     allow it only where every query head has a state of its own.
@@ -68,6 +69,11 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     few = ampere and group > 1 and F <= 128
     if problem.act:
         return _mapped(problem, min(C, 16 if ampere and F > 128 else 32))
+    measured = None if wide or problem.T < 128 else tuned.choice(target.chip, problem.F, problem.H, group)
+    if measured is not None:
+        sizes = {name: Launch(**value) if isinstance(value, dict) else value for name, value in measured.items()}
+        best = Plan(**sizes)
+        return dataclasses.replace(best, fused=best.fused and fills)
     return Plan(
         chunk=C,
         fused=fills and room and (group == 1 or not ampere),
