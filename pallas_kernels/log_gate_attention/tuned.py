@@ -1,4 +1,4 @@
-"""Tile sizes found by measurement, where there are any: ``tuned.json``, which ``benchmarks/kernels.py --tune`` writes."""
+"""Tile sizes found by measurement, where there are any, in ``tuned.json``: ``benchmarks/kernels.py --tune`` writes it."""
 
 from __future__ import annotations
 
