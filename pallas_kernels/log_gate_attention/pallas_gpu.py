@@ -14,9 +14,10 @@ where it does not fit the registers of one block.
 - state cotangents: from the last chunk to the first; leaves the cotangent of the state at each chunk's end.
 - keys and values: cotangents of a chunk's keys; and of its values, gates and key scales.
 
-States and their cotangents are left in the dtype of ``q``, since all they do is feed matmuls. A feature axis comes in
-``parts``: the two halves of a feature map, or pieces of at most 64 features. Axes that are not powers of two are
-padded with zeros, outside of the kernels; a tail of ``T`` is masked inside.
+Cotangents of gates and scales are sums of what nearly cancels: states and their cotangents stay fp32, and where bf16
+would round them they enter matmuls with what rounding takes. A feature axis comes in ``parts``: the two halves of a
+feature map, or pieces of at most 64 features. Axes that are not powers of two are padded with zeros, outside of the
+kernels; a tail of ``T`` is masked inside.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ WIDEST = 256  # features, values or raw values of a head
 CHUNK, MAPPED_CHUNK = 32, 16  # tokens
 BLOCK = 32  # values of a head, in the kernels that carry a state
 PIECE = 64  # features that one matmul takes, where they are given
-SUM_PIECE, STATE_PIECE = 16, 32  # raw features of a map's cotangent, and values of a state, that one matmul takes
+SUM_PIECE, STATE_PIECE = 16, 16  # raw features of a map's cotangent, and values of a state, that one matmul takes
 WARPS = 8
 RUN = 8  # chunks whose cotangents of a feature map are summed in registers
 
@@ -98,7 +99,7 @@ class _Plan:
     @property
     def cuts(self) -> int:
         """Programs that share the cotangents of a map between them; together their registers hold the sums."""
-        return 2 if self.width > 64 and self.X >= 32 else 1
+        return 4 if self.width > 64 and self.X >= 64 else 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -125,6 +126,14 @@ def _dot(a: Float[Array, "m k"], b: Float[Array, "k n"], axes: tuple[int, int] =
     return lax.dot_general(
         a, b, (((axes[0],), (axes[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def _dot_wide(a: Float[Array, "m k"], b: Float[Array, "k n"], axes: tuple[int, int] = (1, 0)) -> Float[Array, "m n"]:
+    """``_dot`` with an fp32 operand, which enters with what rounding to the other's dtype takes from it."""
+    rounded = b.astype(a.dtype)
+    if rounded.dtype == b.dtype:
+        return _dot(a, b, axes)
+    return _dot(a, rounded, axes) + _dot(a, (b - rounded.astype(b.dtype)).astype(a.dtype), axes)
 
 
 def _sum(terms) -> Array:
@@ -168,6 +177,12 @@ class _Loads:
     def __getitem__(self, p: int) -> Array:
         width = self.chunk.plan.width
         return self.chunk.load(self.ref, self.head, pl.ds(p * width, width))
+
+
+def _on_state(chunk: _Chunk, ref, head, state_ref, index: tuple) -> Float[Array, "C width"]:
+    """Rows of values, or of their cotangents, times a part of a transposed state, or of its cotangent."""
+    pieces = _pieces(0, chunk.plan.H, STATE_PIECE)
+    return _sum(_dot_wide(chunk.load(ref, head, piece), state_ref[(*index, piece)]) for piece in pieces)
 
 
 class _Features(NamedTuple):
@@ -347,7 +362,7 @@ def _advance(state: _State, k, v: Float[Array, "C block"], following: _Next) -> 
     kvs, zs = [], []
     for kv, z, part in zip(state.kv, state.z, k, strict=True):
         taken = following.take[:, None] * part.astype(jnp.float32)
-        kvs.append(following.keep * kv + _dot(v, taken.astype(v.dtype), (0, 0)))
+        kvs.append(following.keep * kv + _dot_wide(v, taken, (0, 0)))
         zs.append(following.keep * z + jnp.sum(taken, 0))
     return _State(tuple(kvs), tuple(zs), following.m)
 
@@ -484,11 +499,10 @@ def _queries_kernel(
         dy, dn = chunk.load(dy_ref, n, slice(None)), chunk.load(dn_ref, n)
         scores = _sum(_dot(x, y, (1, 1)) for x, y in zip(q.parts, k, strict=True)) * decay.pair
         on_values = _dot(dy, chunk.load(v_ref, values, slice(None)), (1, 1))
-        pieces = _pieces(0, plan.H, STATE_PIECE)
         den, y_dy, on_state = jnp.sum(scores, 1), jnp.sum(scores * on_values, 1), []
         for p, part in enumerate(q.parts):
             wide = part.astype(jnp.float32)
-            on_state.append(_sum(_dot(chunk.load(dy_ref, n, rows), kv_ref[b, s, i, p, rows]) for rows in pieces))
+            on_state.append(_on_state(chunk, dy_ref, n, kv_ref, (b, s, i, p)))
             den += decay.carried * jnp.sum(wide * z_ref[b, s, i, p][None, :], 1)
             y_dy += decay.carried * jnp.sum(wide * on_state[p], 1)
         held = den > SMALLEST
@@ -547,11 +561,11 @@ def _keys_kernel(
 
         dk = list(_loop(rows, read, tuple(jnp.zeros((plan.C, plan.width), jnp.float32) for _ in parts)))
         # The next state is filled too.
-        take, v = _next(e, g, m).take[:, None], chunk.load(v_ref, values, slice(None))
+        take = _next(e, g, m).take[:, None]
         k = _features(chunk, k_ref, k_maps, s, values)
         filled = jnp.zeros((plan.C,), jnp.float32)
         for at, p in enumerate(parts):
-            on_part = take * (_dot(v, dkv_ref[b, s, i, p]) + dz_ref[b, s, i, p][None, :])
+            on_part = take * (_on_state(chunk, v_ref, values, dkv_ref, (b, s, i, p)) + dz_ref[b, s, i, p][None, :])
             filled += jnp.sum(k.parts[p].astype(jnp.float32) * on_part, 1)
             dk[at] += on_part
         return chunk, k, dk, filled
@@ -613,7 +627,7 @@ def _values_kernel(
 
     for p, part in enumerate(_features(chunk, k_ref, k_maps, s, values).parts):
         taken = following.take[:, None] * part.astype(jnp.float32)
-        dv += _dot(taken.astype(plan.dtype), dkv_ref[b, s, i, p], (1, 1))
+        dv += _dot(taken.astype(plan.dtype), dkv_ref[b, s, i, p].astype(plan.dtype), (1, 1))
     chunk.store(dv_ref, dv, s, slice(None))
 
 
@@ -672,7 +686,7 @@ def _attend_bwd(plan: _Plan, saved, cotangents):
     grid, runs = (B, S, H // plan.block), -(-plan.count // plan.run)
 
     ends = (
-        _array(B, S, plan.count, plan.parts, H, plan.width, dtype=plan.dtype), _array(B, S, plan.count, *plan.shape),
+        _array(B, S, plan.count, plan.parts, H, plan.width), _array(B, S, plan.count, *plan.shape),
     )  # fmt: skip
     states = _call(
         _states_kernel, plan, grid, (k, v, g, c, state.kv, state.z, state.m, *maps),
@@ -699,7 +713,7 @@ def _attend_bwd(plan: _Plan, saved, cotangents):
         ), WARPS,
     )  # fmt: skip
     since = jnp.sum(since.reshape(B, T, S, N // S), -1)
-    kept = jnp.sum(states[0].astype(jnp.float32) * dends[0].astype(jnp.float32), (-3, -2, -1))
+    kept = jnp.sum(states[0] * dends[0], (-3, -2, -1))
     kept += jnp.sum(states[1] * dends[1], (-2, -1))
     dv, dg, dc = _call(
         _values_kernel, plan, (B, S, plan.count),
