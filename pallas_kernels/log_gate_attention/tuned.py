@@ -1,4 +1,4 @@
-"""Tile sizes found by measurement, where there are any, in ``tuned.json``: ``benchmarks/kernels.py --tune`` writes it."""
+"""Tile sizes found by measurement, where there are any: ``tuned.json``, written by ``benchmarks/kernels.py --tune``."""
 
 from __future__ import annotations
 
