@@ -7,8 +7,8 @@ import importlib
 from pallas_kernels import target
 from pallas_kernels.sliding_window.problem import Implementation, Problem
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "triton")
-KERNELS = {"tpu": ("pallas_tpu",), "gpu": ("triton",)}
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "triton", "pallas_gpu")
+KERNELS = {"tpu": ("pallas_tpu",), "gpu": ("triton", "pallas_gpu")}
 
 FEWEST_QUERIES = 16
 """Kernels work in tiles of queries; for a step of generation XLA's fusion of a matrix-vector product is as good."""
