@@ -119,6 +119,11 @@ def families(contexts: Sequence[Tokens]) -> list[tuple[int, list[Tokens]]]:
     return [*found, *([(0, alone)] if alone else [])]
 
 
+def _room(longest: int) -> int:
+    """What a key/value cache holds: attention pays for all of it, and every size is compiled for."""
+    return max(128, 1 << (longest - 1).bit_length()) if longest < PREFILL else capacity([longest], 0)
+
+
 class Scorer:
     """Scores continuations with one model.
 
@@ -165,12 +170,12 @@ class Scorer:
             members = sorted(members, key=length, reverse=True)
             shared = None
             if head:
-                room = capacity([length(members[0])], 0)
+                room = _room(length(members[0]))
                 _, shared = self._read([members[0][:head]], self.model.init_state(1, room))
             for at in range(0, len(members), self.batch):
                 part = members[at : at + self.batch]
                 if shared is None:
-                    state = self.model.init_state(self.batch, capacity([length(part[0])], 0))
+                    state = self.model.init_state(self.batch, _room(length(part[0])))
                 else:
                     state = _rows(shared, jnp.zeros((self.batch,), jnp.int32))
                 rest = [context[head:] for context in part]

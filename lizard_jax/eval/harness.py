@@ -158,7 +158,7 @@ def load_tasks(names: Sequence[str], *, task_path: str | None = None, num_fewsho
 
 
 def evaluate(lm: Any, chosen: dict[str, Any], *, limit: float | None = None, samples: bool = False) -> dict[str, Any]:
-    """The harness's results of any of its models on ``load_tasks``'s tasks; each request's answer too by ``samples``."""
+    """The harness's results of any of its models, on ``load_tasks``'s tasks; ``samples`` adds each request's answer."""
     from lm_eval.evaluator import evaluate as evaluate_tasks
 
     tasks = {kind: chosen[kind] for kind in ("tasks", "groups", "group_map")}
