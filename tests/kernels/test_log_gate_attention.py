@@ -45,7 +45,7 @@ SHAPES = [
     Shape(1, 130, 4, 1, 1, 64, 32, act="exp", X=48),
 ]
 # An interpreter takes seconds a case: on a CPU kernels skip the largest shapes, which ``benchmarks.parity`` draws too.
-INTERPRETED = (0, 1, 2, 3, 5, 8, 9, 10) if jax.default_backend() == "cpu" else range(len(SHAPES))
+INTERPRETED = (1, 3, 5, 8, 9, 10) if jax.default_backend() == "cpu" else range(len(SHAPES))
 # What only plain JAX takes: odd widths, gates of one value per feature.
 ODD = [
     Shape(2, 33, 6, 2, 6, 24, 20, chunk=16, normalize=False),
@@ -83,7 +83,7 @@ def test_parity_of_kernels_fp32(implementation, shape):
 
 
 @kernels
-@pytest.mark.parametrize("shape", [SHAPES[i] for i in (3, 5, 10)], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[i] for i in (3, 9)], ids=str)
 def test_parity_of_kernels_bf16(implementation, shape):
     hold(implementation, shape, "bfloat16", draws=2)
 
