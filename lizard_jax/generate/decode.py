@@ -55,6 +55,11 @@ def _read(
     return jnp.where((lengths > 0)[:, None], last, hidden), state
 
 
+@jax.jit
+def _logits(model: Llama, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    return model.logits(hidden[:, None])[:, 0]
+
+
 def chunks(lengths: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
     """Start and width of the chunks that cover rows of these lengths.
 
@@ -83,7 +88,7 @@ def prefill(
         for row, prompt in enumerate(prompts):
             block[row, : count[row]] = prompt[start : start + count[row]]
         hidden, state = _read(model, jnp.asarray(block), state, hidden, jnp.asarray(count))
-    return jax.jit(lambda model, hidden: model.logits(hidden[:, None])[:, 0])(model, hidden), state
+    return _logits(model, hidden), state
 
 
 def capacity(lengths: Sequence[int], new: int, size: int = PREFILL) -> int:
