@@ -21,6 +21,7 @@ from lizard_jax.data.loader import Batch
 from lizard_jax.models import build
 from lizard_jax.models.llama import Llama
 from lizard_jax.nn.lizard_attention import LizardMixer
+from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.nn.params import BaseParam, LoraParam, NewParam
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
 from lizard_jax.train.losses import cross_entropy, head_error
@@ -113,7 +114,7 @@ def _distil(model: Llama, batch: Batch) -> tuple[nnx.State, dict[str, Array]]:
             grads["layers"][index]["attention"]["mixer"] = layer_grads
             errors.append(mean)
         else:
-            errors.append(jnp.zeros((), jnp.float32))
+            errors.append(jnp.zeros((), accumulation_dtype(teacher_heads)))
         x = block.after_heads(x, teacher_heads)
     layer_mse = jnp.stack(errors)
     return grads, {"loss": layer_mse.sum() / students, "layer_mse": layer_mse}

@@ -121,7 +121,7 @@ def run(implementation: str, s: Shape, arrays, rest, weights) -> dict[str, np.nd
 def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
     # -1e30 marks "nothing there": it must be met exactly, and would drown every other value.
     empty = expected <= -1e29
-    if not np.isfinite(actual).all() or (actual[empty] != np.float32(-1e30)).any():
+    if not np.isfinite(actual).all() or (actual[empty] != actual.dtype.type(-1e30)).any():
         return float("inf")
     actual, expected = (np.where(empty, 0.0, x.astype(np.float64)) for x in (actual, expected))
     error, size = (np.sqrt(np.mean(x**2)) for x in (actual - expected, expected))
