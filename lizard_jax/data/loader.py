@@ -147,6 +147,25 @@ class Loader:
         )
 
 
+def held_out_texts(config: DataConfig, tokenizer: Any, *, vocab_size: int) -> list[str]:
+    """The documents of ``config.path`` that a ``Loader`` of these settings keeps from training, in its order.
+
+    Raises:
+        UserError: as ``Loader``.
+    """
+    if config.path == "embedded":
+        texts = list(corpus.documents("held_out"))
+        count = len(list(corpus.documents("train")))
+        order = _named(np.arange(count + len(texts)) < count)[1]
+        return [texts[n - count] for n in order]
+    _check(config, 1)
+    text = tokenize(documents(config, tokenizer), tokenizer, source=config.path, vocab_size=vocab_size)
+    chosen = text.origin[_share(len(text.lengths), config)[1]].tolist()
+    wanted = set(chosen)
+    found = {n: document.text for n, document in enumerate(documents(config, tokenizer)) if n in wanted}
+    return [found[n] for n in chosen]
+
+
 def _check(config: DataConfig, process_count: int) -> None:
     for name in ("sequence_length", "batch_size", "held_out_tokens"):
         if getattr(config, name) < 1:

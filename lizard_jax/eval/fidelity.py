@@ -18,6 +18,7 @@ Documents are read by themselves, in contexts of the trained length. Generations
 
 import argparse
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from itertools import batched
 from typing import TYPE_CHECKING, Any
@@ -50,13 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this evaluation."""
     parser.add_argument("checkpoint", metavar="STUDENT", help="HF directory or hub id, Flax or stage directory")
     parser.add_argument("--teacher", required=True, metavar="TEACHER", help="what the student is compared with")
-    parser.add_argument("--data", required=True, metavar="PATH", help="held-out text, or anything train.py takes")
+    texts.add_arguments(parser)
+    parser.add_argument("--show", metavar="PATH", help="data for the maps and the continuations (default: --data)")
     parser.add_argument("--tokens", type=int, default=16384, help="most tokens to compare on (default %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="contexts read side by side (default %(default)s)")
     parser.add_argument(
         "--length", type=int, help=f"tokens of a context (default: the trained length, at most {LONGEST})"
     )
-    parser.add_argument("--separator", default="<|endoftext|>", help="what splits plain text (default %(default)s)")
     parser.add_argument(
         "--map-tokens", type=int,
         help=f"tokens of the text whose attention is drawn (default: two windows, {MAP_TOKENS[0]} to {MAP_TOKENS[1]})",
@@ -87,6 +88,8 @@ def run(told: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}, must be at least {least}")
     chosen = layer_numbers(told.layers)
     texts.check_data(told.data)
+    if told.show is not None:
+        texts.check_data(told.show)
     place = results.prepare(told.out)
 
     import lizard_jax
@@ -100,19 +103,23 @@ def run(told: argparse.Namespace) -> None:
         raise UserError(f"--layers names layer {max(chosen)}, but the student has {count}, from 0 to {count - 1}")
     length = told.length or min(student.config.max_positions, LONGEST)
     tokenizer = text_tokenizer(student.source)
+    read = functools.partial(
+        texts.read, tokenizer=tokenizer, vocab_size=student.config.vocab_size, separator=told.separator
+    )
     documents, size = [], 0
-    for document in texts.read(told.data, tokenizer, vocab_size=student.config.vocab_size, separator=told.separator):
+    for document in read(told.data, held_out=told.held_out):
         documents.append(document.ids[: told.tokens - size + 1])
         size += len(documents[-1]) - 1
         if size >= told.tokens:
             break
 
     result = measure(student, teacher, documents, length=length, batch=told.batch)
-    shown = map_text(documents, told.map_tokens or map_size(student))
+    to_show = documents if told.show is None else [document.ids for document in itertools.islice(read(told.show), 64)]
+    shown = map_text(to_show, told.map_tokens or map_size(student))
     found = attention_maps(student, teacher, shown)
     for row, (theirs, ours) in zip(result["layers"], found, strict=True):
         row.update(shares(theirs, ours))
-    prompts = [ids[: told.prompt_tokens] for ids in documents if len(ids) > told.prompt_tokens][: told.prompts]
+    prompts = [ids[: told.prompt_tokens] for ids in to_show if len(ids) > told.prompt_tokens][: told.prompts]
     result["map_text"] = tokenizer.decode(shown)
     result["generations"] = generations(
         student, teacher, prompts, tokenizer, told.max_new_tokens, end_tokens(student.source, tokenizer)

@@ -49,7 +49,7 @@ POOL = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this evaluation."""
     parser.add_argument("checkpoint", metavar="CKPT", help="HF directory or hub id, Flax directory, or stage directory")
-    parser.add_argument("--data", required=True, metavar="PATH", help="text, or anything train.py takes as --data")
+    texts.add_arguments(parser)
     parser.add_argument("--tokens", type=int, default=65536, help="most tokens to predict (default %(default)s)")
     parser.add_argument(
         "--context-tokens", type=int, default=16384,
@@ -57,7 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--batch", type=int, default=8, help="contexts read side by side (default %(default)s)")
     parser.add_argument("--length", type=int, help="trained length in tokens (default: the checkpoint's config)")
-    parser.add_argument("--separator", default="<|endoftext|>", help="what splits plain text (default %(default)s)")
     parser.add_argument("--out", metavar="DIR", help="also write result.json and perplexity.png there")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as stored)"
@@ -83,8 +82,9 @@ def run(told: argparse.Namespace) -> None:
     model = lizard_jax.load(told.checkpoint, dtype=told.dtype)
     length = told.length or model.config.max_positions
     documents = texts.read(
-        told.data, text_tokenizer(model.source), vocab_size=model.config.vocab_size, separator=told.separator
-    )
+        told.data, text_tokenizer(model.source), vocab_size=model.config.vocab_size, separator=told.separator,
+        held_out=told.held_out,
+    )  # fmt: skip
     result = measure(
         model, documents, length=length, tokens=told.tokens, context_tokens=told.context_tokens, batch=told.batch
     )

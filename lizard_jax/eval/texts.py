@@ -1,5 +1,6 @@
 """Documents to be scored: their token ids, and the bytes of text that each token stands for."""
 
+import argparse
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import batched
@@ -45,8 +46,20 @@ def check_data(path: str) -> None:
         raise UserError(f"no data at {path}: there is no such file or directory")
 
 
-def read(path: str, tokenizer: Any, *, vocab_size: int, separator: str) -> Iterator[Tokens]:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what is read."""
+    parser.add_argument("--data", required=True, metavar="PATH", help="text, or anything train.py takes as --data")
+    parser.add_argument(
+        "--held-out", action="store_true",
+        help="of the data, only what train.py keeps for validation (data.held_out as it is by default)",
+    )  # fmt: skip
+    parser.add_argument("--separator", default="<|endoftext|>", help="what splits plain text (default %(default)s)")
+
+
+def read(path: str, tokenizer: Any, *, vocab_size: int, separator: str, held_out: bool = False) -> Iterator[Tokens]:
     """The documents of ``path`` in their order, tokenized as they are needed; those with nothing to predict left out.
+
+    With ``held_out`` only those that training with default settings keeps for validation, in its order.
 
     ``path`` is whatever train.py takes for data: plain text split at ``separator``, Alpaca or chat records, a
     ``datasets`` name; and ``embedded`` for the modules held out from the embedded teacher.
@@ -54,14 +67,18 @@ def read(path: str, tokenizer: Any, *, vocab_size: int, separator: str) -> Itera
     Raises:
         UserError: no such data, nothing in it, or a token id outside the vocabulary.
     """
+    from lizard_jax.data.loader import held_out_texts
     from lizard_jax.data.records import documents
     from lizard_jax.data.text import affixes
     from lizard_jax.embedded import corpus
 
-    if path == "embedded":
-        texts: Iterable[str] = corpus.documents("held_out")
+    config = DataConfig(path=path, separator=separator)
+    if held_out:
+        texts: Iterable[str] = held_out_texts(config, tokenizer, vocab_size=vocab_size)
+    elif path == "embedded":
+        texts = corpus.documents("held_out")
     else:
-        texts = (document.text for document in documents(DataConfig(path=path, separator=separator), tokenizer))
+        texts = (document.text for document in documents(config, tokenizer))
     head, tail = affixes(tokenizer)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lizard_jax.config import DataConfig
-from lizard_jax.data.loader import Batch, Loader
+from lizard_jax.data.loader import Batch, Loader, held_out_texts
 from lizard_jax.data.text import load_tokenizer
 from lizard_jax.errors import UserError
 from tests.data.toy import BOS, VOCAB_SIZE, character_tokenizer, write
@@ -49,6 +49,16 @@ def test_batches_are_a_function_of_seed_and_step_alone(config):
     chex.assert_trees_all_equal(forward, backward)
     other = load(config, seed=1)
     assert any((a.inputs != other.batch(s).inputs).any() for s, a in enumerate(forward))
+
+
+def test_held_out_texts_are_those_that_validation_reads(config):
+    tokenizer = character_tokenizer()
+    texts = held_out_texts(config, tokenizer, vocab_size=VOCAB_SIZE)
+    ids = [token for text in texts for token in [BOS, *tokenizer.encode(text, add_special_tokens=False)]]
+    read = [token for row in rows(load(config).held_out()) for token in row[:-1]]
+    assert set(texts) < set(DOCUMENTS)
+    assert len(texts) == 12
+    assert read[: len(ids) - 1] == ids[:-1]
 
 
 def test_shapes_and_dtypes(config):

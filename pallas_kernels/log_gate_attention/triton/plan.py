@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from pallas_kernels.log_gate_attention import tuned
 from pallas_kernels.log_gate_attention.problem import Problem
@@ -71,7 +72,7 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
         return _mapped(problem, min(C, 16 if ampere and F > 128 else 32))
     measured = None if wide or problem.T < 128 else tuned.choice(target.chip, problem.F, problem.H, group)
     if measured is not None:
-        sizes = {name: Launch(**value) if isinstance(value, dict) else value for name, value in measured.items()}
+        sizes: dict[str, Any] = {name: Launch(**x) if isinstance(x, dict) else x for name, x in measured.items()}
         best = Plan(**sizes)
         return dataclasses.replace(best, fused=best.fused and fills)
     return Plan(

@@ -1,0 +1,289 @@
+"""What a token costs after a long context: the linearized model beside its teacher with a key/value cache.
+
+    uv run benchmarks/generation.py --teacher DIR --student DIR
+    uv run benchmarks/generation.py --student DIR --long 200000
+
+First form: contexts of 1k and up, for 1 and for 16 rows. A context of random tokens is read in chunks, then its state
+stands for every row, and tokens are drawn in blocks of 32 from all contexts in turn, so that the machine's moods fall
+on all alike; medians. The teacher's cache holds the context and what is written, no more, and stops at
+``--teacher-limit``. Memory is that of the state: the student's is fixed, a cache holds every token.
+
+Second form: that many tokens in one go, from a prompt of one token. Times by position, and the bytes of all arrays that
+live on the device, which must not change.
+
+Prints tables, and writes ``generation.json`` and ``generation.png``, ``generation_long.*`` for the second form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import lizard_jax
+from lizard_jax.atomic import write_atomic
+from lizard_jax.errors import UserError
+from lizard_jax.generate import decode
+from lizard_jax.generate.engine import live_bytes
+from lizard_jax.generate.sampling import Sampling
+from lizard_jax.train.report import versions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from matplotlib.figure import Figure
+
+    from lizard_jax.models.llama import Llama
+
+HERE = Path(__file__).resolve().parent
+CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 100_000)
+SAMPLING = Sampling(temperature=1.0)
+"""Draws, so that the text does not run into a loop; no token ends it."""
+
+
+def size_of(state: Any) -> int:
+    """Bytes of a state."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def timed_blocks(carry: decode.Carry, model: Llama, blocks: int) -> tuple[decode.Carry, float]:
+    """Seconds for each block of tokens of every row."""
+    began = time.perf_counter()
+    for _ in range(blocks):
+        _, carry = decode.write(model, carry, decode.BLOCK, SAMPLING)
+    return carry, (time.perf_counter() - began) / blocks
+
+
+def read_context(model: Llama, length: int, batch: int, new: int) -> tuple[decode.Carry, float, int]:
+    """A carry of ``batch`` rows after a context of random tokens, the seconds its prefill took, and the bytes."""
+    tokens = np.random.default_rng(length).integers(0, model.config.vocab_size, length).tolist()
+    capacity = decode.capacity([length], new)
+
+    def prefill() -> tuple[Any, Any]:
+        logits, state = decode.prefill(model, [tokens], model.init_state(1, capacity))
+        return jax.block_until_ready((logits, state))
+
+    # A first, short one compiles the chunks' shapes, but the cache's shape is the context's own.
+    prefill() if length <= 4 * decode.PREFILL else None
+    began = time.perf_counter()
+    logits, state = prefill()
+    seconds = time.perf_counter() - began
+    logits, state = jax.tree.map(lambda leaf: leaf.repeat(batch, axis=0), (logits, state))
+    return decode.start(logits, state, [tokens] * batch, SAMPLING), seconds, size_of(state)
+
+
+def measure(models: Mapping[str, Llama], told: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per model, batch and context: ``state_bytes``, ``prefill_seconds``, ``step_seconds``."""
+    rows: list[dict[str, Any]] = []
+    new = decode.BLOCK * (told.rounds * told.blocks + 1) + 1
+    cases = [
+        (name, batch, context)
+        for batch in told.batches
+        for name in models
+        for context in sorted(told.contexts)
+        if name != "teacher" or context <= told.teacher_limit
+    ]
+    with tqdm(total=len(cases) * (1 + told.rounds), unit=" runs", disable=None, leave=False) as bar:
+        for batch in told.batches:
+            carries: dict[tuple[str, int], decode.Carry] = {}
+            about: dict[tuple[str, int], tuple[float, int]] = {}
+            seconds: dict[tuple[str, int], list[float]] = {}
+            for name, context in ((n, c) for n, b, c in cases if b == batch):
+                bar.set_postfix(reading=f"{name}, {batch} x {context:,}")
+                carry, read_seconds, state_bytes = read_context(models[name], context, batch, new)
+                about[name, context] = read_seconds, state_bytes
+                carries[name, context], _ = timed_blocks(carry, models[name], 1)
+                seconds[name, context] = []
+                bar.update()
+            for _ in range(told.rounds):
+                for name, context in carries:
+                    bar.set_postfix(writing=f"{name}, {batch} x {context:,}")
+                    carry, each = timed_blocks(carries[name, context], models[name], told.blocks)
+                    carries[name, context] = carry
+                    seconds[name, context].append(each / decode.BLOCK)
+                    bar.update()
+            for (name, context), times in seconds.items():
+                prefill_seconds, state_bytes = about[name, context]
+                rows.append(
+                    {
+                        "model": name, "batch": batch, "context": context, "state_bytes": state_bytes,
+                        "prefill_seconds": prefill_seconds, "step_seconds": float(np.median(times)),
+                        "step_seconds_all": times,
+                    }
+                )  # fmt: skip
+    return rows
+
+
+def long_run(model: Llama, count: int, bucket: int) -> dict[str, Any]:
+    """``count`` tokens from one: seconds a token by position, and the live bytes seen at the end of every block."""
+    carry, *_ = read_context(model, 1, 1, 1)
+    carry, _ = timed_blocks(carry, model, 1)  # compiles
+    written, part, held, rows = decode.BLOCK + 1, [], [], []
+    with tqdm(total=count, initial=written, unit=" tokens", unit_scale=True, disable=None, leave=False) as bar:
+        while written < count:
+            carry, each = timed_blocks(carry, model, 1)
+            written += decode.BLOCK
+            part.append(each / decode.BLOCK)
+            held.append(live_bytes())
+            bar.update(decode.BLOCK)
+            if written // bucket > len(rows) or written >= count:
+                rows.append({"position": written, "step_seconds": float(np.median(part))})
+                part = []
+    finite = all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in jax.tree.leaves(carry.state))
+    return {
+        "tokens": written, "state_bytes": size_of(carry.state), "live_bytes_least": min(held),
+        "live_bytes_most": max(held), "finite": finite, "rows": rows,
+    }  # fmt: skip
+
+
+def kib(number: int) -> str:
+    return f"{number / 1024:,.0f} KiB"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Tokens a second of all rows together and memory, by context; the student's speed over its teacher's."""
+    lines = []
+    found = {(row["model"], row["batch"], row["context"]): row for row in rows}
+    for batch in sorted({row["batch"] for row in rows}):
+        lines += [
+            f"| batch {batch}, context | teacher, tokens/s | student, tokens/s | ratio | teacher's cache "
+            "| student's state |",
+            "|---:|---:|---:|---:|---:|---:|",
+        ]
+        for context in sorted({row["context"] for row in rows if row["batch"] == batch}):
+            pair = [found.get((name, batch, context)) for name in ("teacher", "student")]
+            speed = [f"{batch / row['step_seconds']:,.0f}" if row else "-" for row in pair]
+            theirs, ours = pair
+            ratio = f"{theirs['step_seconds'] / ours['step_seconds']:.2f}" if theirs and ours else "-"
+            memory = [kib(row["state_bytes"]) if row else "-" for row in pair]
+            lines.append("| " + " | ".join([f"{context:,}", *speed, ratio, *memory]) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def flatness(rows: list[dict[str, Any]]) -> list[str]:
+    """What the student's step costs at its longest context over its shortest."""
+    out = []
+    for batch in sorted({row["batch"] for row in rows}):
+        own = sorted(
+            (r for r in rows if r["model"] == "student" and r["batch"] == batch), key=lambda row: row["context"]
+        )
+        if len(own) > 1:
+            ratio = own[-1]["step_seconds"] / own[0]["step_seconds"]
+            out.append(
+                f"student, batch {batch}: a step at {own[-1]['context']:,} costs {ratio:.3f} of one at "
+                f"{own[0]['context']:,}"
+            )
+    return out
+
+
+def picture(rows: list[dict[str, Any]]) -> Figure:
+    """Tokens a second and memory against the context."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    for name, colour in (("teacher", "tab:gray"), ("student", "tab:green")):
+        for batch, style in zip(sorted({row["batch"] for row in rows}), ("-", "--", ":", "-."), strict=False):
+            own = [row for row in rows if row["model"] == name and row["batch"] == batch]
+            if not own:
+                continue
+            at = [row["context"] for row in own]
+            label = {"color": colour, "linestyle": style, "marker": "o", "label": f"{name}, batch {batch}"}
+            speed.plot(at, [batch / row["step_seconds"] for row in own], **label)
+            memory.plot(at, [row["state_bytes"] / 2**20 for row in own], **label)
+    speed.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="tokens/s", title="decoding")
+    memory.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="MiB", title="cache or state")
+    for panel in (speed, memory):
+        panel.grid(alpha=0.3)
+        panel.legend()
+    return figure
+
+
+def long_picture(result: dict[str, Any]) -> Figure:
+    """Microseconds a token against the position."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    panel = figure.subplots()
+    at = [row["position"] for row in result["rows"]]
+    panel.plot(at, [1e6 * row["step_seconds"] for row in result["rows"]])
+    panel.set(xlabel="position", ylabel="microseconds a token", ylim=(0, None), title="one text, one state")
+    panel.grid(alpha=0.3)
+    return figure
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", required=True, metavar="DIR", help="linearized checkpoint")
+    parser.add_argument("--teacher", metavar="DIR", help="what it came from; left out, the student is measured alone")
+    parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS), help="tokens (default %(default)s)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="rows (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each case (default %(default)s)")
+    parser.add_argument("--blocks", type=int, default=4, help="blocks of 32 tokens a turn (default %(default)s)")
+    parser.add_argument(
+        "--teacher-limit", type=int, default=32768, help="longest context of the teacher (default %(default)s)"
+    )
+    parser.add_argument("--long", type=int, metavar="N", help="instead: N tokens of the student in one go")
+    parser.add_argument("--bucket", type=int, default=1000, help="positions told together (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=HERE, help="directory of the results (default: beside this file)")
+    return parser
+
+
+def main() -> int:
+    told = arguments().parse_args()
+    numbers = {name: getattr(told, name) for name in ("rounds", "blocks", "bucket", "teacher_limit")}
+    numbers |= {"contexts": min(told.contexts), "batches": min(told.batches)}
+    numbers |= {} if told.long is None else {"long": told.long}
+    try:
+        for name, value in numbers.items():
+            if value < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {value}, must be at least 1")
+        paths = {"teacher": told.teacher, "student": told.student}
+        models = {name: lizard_jax.load(path) for name, path in paths.items() if path is not None}
+        told.out.mkdir(parents=True, exist_ok=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    result: dict[str, Any]
+    if told.long is not None:
+        name, result = "generation_long", long_run(models["student"], told.long, told.bucket)
+        early, late = result["rows"][0], result["rows"][-1]
+        near = min(result["rows"], key=lambda row: abs(row["position"] - 100_000))
+        for row in dict.fromkeys((early["position"], near["position"], late["position"])):
+            step = next(r["step_seconds"] for r in result["rows"] if r["position"] == row)
+            print(f"up to position {row:,}: {1e6 * step:.1f} microseconds a token")
+        print(
+            f"{result['tokens']:,} tokens in one go; state {result['state_bytes']:,} bytes; live arrays "
+            f"{result['live_bytes_least']:,} to {result['live_bytes_most']:,} bytes"
+        )
+        drawn = long_picture(result)
+    else:
+        rows = measure(models, told)
+        name, result, drawn = "generation", {"rows": rows, "notes": flatness(rows)}, picture(rows)
+        print(table(rows))
+        print("\n".join(result["notes"]))
+        write_atomic(told.out / "generation.md", table(rows) + "\n".join(["", *result["notes"], ""]))
+    result |= {
+        "settings": {key: value for key, value in vars(told).items() if key not in ("out", "teacher", "student")},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "cores": os.cpu_count(),
+        "versions": versions(),
+    }  # fmt: skip
+    png = io.BytesIO()
+    drawn.savefig(png, format="png", dpi=110)
+    write_atomic(told.out / f"{name}.png", png.getvalue())
+    write_atomic(told.out / f"{name}.json", json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
