@@ -106,18 +106,9 @@ def test_rows_of_the_maps_sum_to_one(checkpoint):
 
 
 def test_the_command_leaves_pictures_generations_and_numbers(checkpoint, linear, text, tmp_path, capsys):
-    arguments = [
-        "fidelity",
-        str(linear),
-        "--teacher",
-        str(checkpoint[0]),
-        "--data",
-        str(text),
-        "--length",
-        "16",
-        "--batch",
-        "2",
-    ]
+    (tmp_path / "scored.txt").write_text("A text to measure on, not to show.")
+    arguments = ["fidelity", str(linear), "--teacher", str(checkpoint[0]), "--length", "16", "--batch", "2"]
+    arguments += ["--data", str(tmp_path / "scored.txt"), "--show", str(text)]
     arguments += ["--prompt-tokens", "5", "--max-new-tokens", "6", "--heads", "2", "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
     told = capsys.readouterr().out
