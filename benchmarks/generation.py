@@ -5,8 +5,8 @@
 
 First form: contexts of 1k and up, for 1 and for 16 rows. A context of random tokens is read in chunks, then its state
 stands for every row, and tokens are drawn in blocks of 32 from all contexts in turn, so that the machine's moods fall
-on all alike; medians. The teacher's cache holds the context and what is written, no more, and stops at
-``--teacher-limit``. Memory is that of the state: the student's is fixed, a cache holds every token.
+on all alike; medians. The teacher's cache holds the context and what is written, up to the next 512, and the teacher
+stops at ``--teacher-limit``. Memory is that of the state: the student's is fixed, a cache holds every token.
 
 Second form: that many tokens in one go, from a prompt of one token. Times by position, and the bytes of all arrays that
 live on the device, which must not change.
@@ -63,69 +63,66 @@ def timed_blocks(carry: decode.Carry, model: Llama, blocks: int) -> tuple[decode
     return carry, (time.perf_counter() - began) / blocks
 
 
-def read_context(model: Llama, length: int, batch: int, new: int) -> tuple[decode.Carry, float, int]:
-    """A carry of ``batch`` rows after a context of random tokens, the seconds its prefill took, and the bytes."""
+def read_context(model: Llama, length: int, new: int) -> tuple[Any, float]:
+    """Logits and state of one row after a context of random tokens, and the seconds its prefill took."""
     tokens = np.random.default_rng(length).integers(0, model.config.vocab_size, length).tolist()
-    capacity = decode.capacity([length], new)
-
-    def prefill() -> tuple[Any, Any]:
-        logits, state = decode.prefill(model, [tokens], model.init_state(1, capacity))
-        return jax.block_until_ready((logits, state))
-
-    # A first, short one compiles the chunks' shapes, but the cache's shape is the context's own.
-    prefill() if length <= 4 * decode.PREFILL else None
+    state = model.init_state(1, decode.capacity([length], new))
     began = time.perf_counter()
-    logits, state = prefill()
-    seconds = time.perf_counter() - began
-    logits, state = jax.tree.map(lambda leaf: leaf.repeat(batch, axis=0), (logits, state))
-    return decode.start(logits, state, [tokens] * batch, SAMPLING), seconds, size_of(state)
+    read = jax.block_until_ready(decode.prefill(model, [tokens], state))
+    return read, time.perf_counter() - began
+
+
+def rows_of(read: Any, batch: int) -> decode.Carry:
+    """A carry of ``batch`` rows that have all read the same."""
+    logits, state = jax.tree.map(lambda leaf: leaf.repeat(batch, axis=0), read)
+    return decode.start(logits, state, [[0]] * batch, SAMPLING)
 
 
 def measure(models: Mapping[str, Llama], told: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per model, batch and context: ``state_bytes``, ``prefill_seconds``, ``step_seconds``."""
-    rows: list[dict[str, Any]] = []
+    """One row per model, batch and context: ``state_bytes``, ``prefill_seconds`` (of one row, compilation included),
+    ``step_seconds``."""
     new = decode.BLOCK * (told.rounds * told.blocks + 1) + 1
-    cases = [
-        (name, batch, context)
-        for batch in told.batches
+    pairs = [
+        (name, context)
         for name in models
         for context in sorted(told.contexts)
         if name != "teacher" or context <= told.teacher_limit
     ]
-    with tqdm(total=len(cases) * (1 + told.rounds), unit=" runs", disable=None, leave=False) as bar:
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=len(pairs) * (1 + len(told.batches) * (1 + told.rounds)), unit=" runs", disable=None) as bar:
+        read: dict[tuple[str, int], tuple[Any, float]] = {}
+        for name, context in pairs:
+            bar.set_postfix(reading=f"{name}, {context:,}")
+            read[name, context] = read_context(models[name], context, new)
+            bar.update()
         for batch in told.batches:
             carries: dict[tuple[str, int], decode.Carry] = {}
-            about: dict[tuple[str, int], tuple[float, int]] = {}
-            seconds: dict[tuple[str, int], list[float]] = {}
-            for name, context in ((n, c) for n, b, c in cases if b == batch):
-                bar.set_postfix(reading=f"{name}, {batch} x {context:,}")
-                carry, read_seconds, state_bytes = read_context(models[name], context, batch, new)
-                about[name, context] = read_seconds, state_bytes
-                carries[name, context], _ = timed_blocks(carry, models[name], 1)
-                seconds[name, context] = []
-                bar.update()
-            for _ in range(told.rounds):
-                for name, context in carries:
+            seconds: dict[tuple[str, int], list[float]] = {pair: [] for pair in pairs}
+            for turn in range(1 + told.rounds):
+                for name, context in pairs:
                     bar.set_postfix(writing=f"{name}, {batch} x {context:,}")
-                    carry, each = timed_blocks(carries[name, context], models[name], told.blocks)
+                    if turn == 0:  # compiles
+                        carries[name, context] = rows_of(read[name, context][0], batch)
+                    carry, each = timed_blocks(carries[name, context], models[name], told.blocks if turn else 1)
                     carries[name, context] = carry
-                    seconds[name, context].append(each / decode.BLOCK)
+                    if turn:
+                        seconds[name, context].append(each / decode.BLOCK)
                     bar.update()
-            for (name, context), times in seconds.items():
-                prefill_seconds, state_bytes = about[name, context]
-                rows.append(
-                    {
-                        "model": name, "batch": batch, "context": context, "state_bytes": state_bytes,
-                        "prefill_seconds": prefill_seconds, "step_seconds": float(np.median(times)),
-                        "step_seconds_all": times,
-                    }
-                )  # fmt: skip
+            rows += [
+                {
+                    "model": name, "batch": batch, "context": context,
+                    "state_bytes": size_of(carries[name, context].state),
+                    "prefill_seconds": read[name, context][1], "step_seconds": float(np.median(times)),
+                    "step_seconds_all": times,
+                }
+                for (name, context), times in seconds.items()
+            ]  # fmt: skip
     return rows
 
 
 def long_run(model: Llama, count: int, bucket: int) -> dict[str, Any]:
     """``count`` tokens from one: seconds a token by position, and the live bytes seen at the end of every block."""
-    carry, *_ = read_context(model, 1, 1, 1)
+    carry = rows_of(read_context(model, 1, 1)[0], 1)
     carry, _ = timed_blocks(carry, model, 1)  # compiles
     written, part, held, rows = decode.BLOCK + 1, [], [], []
     with tqdm(total=count, initial=written, unit=" tokens", unit_scale=True, disable=None, leave=False) as bar:
@@ -171,14 +168,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def flatness(rows: list[dict[str, Any]]) -> list[str]:
-    """What the student's step costs at its longest context over its shortest."""
+    """What the student's step costs at its longest context over its shortest: the median over turns."""
     out = []
     for batch in sorted({row["batch"] for row in rows}):
         own = sorted(
             (r for r in rows if r["model"] == "student" and r["batch"] == batch), key=lambda row: row["context"]
         )
         if len(own) > 1:
-            ratio = own[-1]["step_seconds"] / own[0]["step_seconds"]
+            turns = zip(own[-1]["step_seconds_all"], own[0]["step_seconds_all"], strict=True)
+            ratio = float(np.median([late / early for late, early in turns]))
             out.append(
                 f"student, batch {batch}: a step at {own[-1]['context']:,} costs {ratio:.3f} of one at "
                 f"{own[0]['context']:,}"
@@ -231,10 +229,11 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each case (default %(default)s)")
     parser.add_argument("--blocks", type=int, default=4, help="blocks of 32 tokens a turn (default %(default)s)")
     parser.add_argument(
-        "--teacher-limit", type=int, default=32768, help="longest context of the teacher (default %(default)s)"
+        "--teacher-limit", type=int, default=16384, help="longest context of the teacher (default %(default)s)"
     )
     parser.add_argument("--long", type=int, metavar="N", help="instead: N tokens of the student in one go")
     parser.add_argument("--bucket", type=int, default=1000, help="positions told together (default %(default)s)")
+    parser.add_argument("--name", help="of the results' files (default: generation, with --long generation_long)")
     parser.add_argument("--out", type=Path, default=HERE, help="directory of the results (default: beside this file)")
     return parser
 
@@ -255,8 +254,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result: dict[str, Any]
+    name = told.name or ("generation" if told.long is None else "generation_long")
     if told.long is not None:
-        name, result = "generation_long", long_run(models["student"], told.long, told.bucket)
+        result = long_run(models["student"], told.long, told.bucket)
         early, late = result["rows"][0], result["rows"][-1]
         near = min(result["rows"], key=lambda row: abs(row["position"] - 100_000))
         for row in dict.fromkeys((early["position"], near["position"], late["position"])):
@@ -269,12 +269,12 @@ def main() -> int:
         drawn = long_picture(result)
     else:
         rows = measure(models, told)
-        name, result, drawn = "generation", {"rows": rows, "notes": flatness(rows)}, picture(rows)
+        result, drawn = {"rows": rows, "notes": flatness(rows)}, picture(rows)
         print(table(rows))
         print("\n".join(result["notes"]))
-        write_atomic(told.out / "generation.md", table(rows) + "\n".join(["", *result["notes"], ""]))
+        write_atomic(told.out / f"{name}.md", table(rows) + "\n".join(["", *result["notes"], ""]))
     result |= {
-        "settings": {key: value for key, value in vars(told).items() if key not in ("out", "teacher", "student")},
+        "settings": {key: getattr(told, key) for key in ("contexts", "batches", "rounds", "blocks", "long", "bucket")},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "cores": os.cpu_count(),
         "versions": versions(),
     }  # fmt: skip
