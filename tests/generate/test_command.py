@@ -2,6 +2,9 @@
 
 import io
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -57,7 +60,6 @@ def test_a_conversation_line_by_line(capsys, monkeypatch):
     [
         ([], "nothing to continue"),
         (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "x", "--chat"], "no chat template"),
         (["--prompt", "x", "--top-p", "7"], "top_p is 7.0"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["--prompts", "nowhere.jsonl"], "cannot read prompts from nowhere.jsonl"),
@@ -77,3 +79,37 @@ def test_bad_records_are_named(capsys, tmp_path):
         code, _, err = run(capsys, "--prompts", tmp_path / "prompts.jsonl")
         assert (code, err.count("\n")) == (2, 1)
         assert words in err
+
+
+def started(*arguments: str) -> subprocess.Popen:
+    """The command by itself, with far more to write than it will get to."""
+    command = [sys.executable, "-m", "lizard_jax.generate", TEACHER, *arguments, "--max-new-tokens", "4000"]
+    # The shell of a test run may have told its children to ignore interrupts.
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+
+
+def test_what_was_written_stands_after_an_interrupt():
+    process = started("--prompt", "def main(", "--temperature", "1")
+    assert process.stdout is not None
+    begun = process.stdout.read(len("def main(") + 1)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert (begun + rest).startswith("def main(")
+    assert rest.endswith("\n")
+    assert err == "interrupted; what was written stands\n"
+
+
+def test_an_output_that_is_closed_ends_in_one_line():
+    process = started("--prompt", "def main(", "--temperature", "1")
+    assert process.stdout is not None
+    assert process.stdout.read(9) == "def main("
+    process.stdout.close()
+    assert process.stderr is not None
+    err = process.stderr.read()
+    assert process.wait(timeout=120) == 2
+    assert err == "error: the output was closed before the text ended\n"
+    process.stderr.close()
