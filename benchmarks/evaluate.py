@@ -91,7 +91,11 @@ def readme(told: argparse.Namespace, found: Steps, results: dict[str, dict[str, 
         if who != "teacher":
             continue
         theirs, ours = (numbers(name, results[f"{side}/{name}"]) for side in ("teacher", "student"))
-        lines += [f"| {key} | {value:.4f} | {ours[key]:.4f} |" for key, value in theirs.items() if key in ours]
+        lines += [
+            f"| {key} | {value:.4f} | {ours[key]:.4f} |"
+            for key, value in theirs.items()
+            if key in ours and value is not None
+        ]
     close = results["fidelity"]
     lines += [
         "", f"Student against teacher on {close['tokens']:,} tokens: KL {close['kl']:.5f} nats, the same likeliest "
@@ -122,7 +126,9 @@ def main() -> int:
     parser.add_argument("--data", required=True, metavar="PATH", help="text that losses are measured on")
     parser.add_argument("--held-out", action="store_true", help="only what train.py keeps for validation")
     parser.add_argument("--show", metavar="PATH", help="text for attention maps and continuations (default: --data)")
-    parser.add_argument("--context-tokens", type=int, default=51200, help="(default %(default)s)")
+    parser.add_argument(
+        "--context-tokens", type=int, default=16384, help="predicted from each length of context (default %(default)s)"
+    )
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[1024, 4096], help="of retrieval texts (default %(default)s)"
     )
