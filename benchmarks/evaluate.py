@@ -130,7 +130,7 @@ def main() -> int:
         "--context-tokens", type=int, default=16384, help="predicted from each length of context (default %(default)s)"
     )
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[1024, 4096], help="of retrieval texts (default %(default)s)"
+        "--lengths", type=int, nargs="+", default=[1024, 2048], help="of retrieval texts (default %(default)s)"
     )
     parser.add_argument("--form", default="alpaca", help="of questions: alpaca or plain (default %(default)s)")
     parser.add_argument("--task-path", metavar="DIR", help="task files for the harness; left out, it is not run")

@@ -125,7 +125,7 @@ def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
         return float("inf")
     actual, expected = (np.where(empty, 0.0, x.astype(np.float64)) for x in (actual, expected))
     error, size = (np.sqrt(np.mean(x**2)) for x in (actual - expected, expected))
-    return float(error / size) if size > 1e-35 else float(error)
+    return float(error / size) if size > parity.LEAST else float(error)
 
 
 def hold(implementation: str, s: Shape, dtype: str, kinds=("packed", "start"), scale: float = 1.0) -> None:
