@@ -81,14 +81,17 @@ def test_bad_records_are_named(capsys, tmp_path):
         assert words in err
 
 
+# A test run in the background ignores interrupts, and its children would inherit that.
+INTERRUPTIBLE = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "runpy.run_module('lizard_jax.generate', run_name='__main__', alter_sys=True)"
+)
+
+
 def started(*arguments: str) -> subprocess.Popen:
     """The command by itself, with far more to write than it will get to."""
-    command = [sys.executable, "-m", "lizard_jax.generate", TEACHER, *arguments, "--max-new-tokens", "4000"]
-    # The shell of a test run may have told its children to ignore interrupts.
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    command = [sys.executable, "-c", INTERRUPTIBLE, TEACHER, *arguments, "--max-new-tokens", "4000"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_what_was_written_stands_after_an_interrupt():
