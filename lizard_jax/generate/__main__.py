@@ -8,10 +8,12 @@ CKPT is an HF directory or hub id, a Flax directory, or a run's stage directory;
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -31,9 +33,11 @@ def arguments() -> argparse.ArgumentParser:
     what.add_argument(
         "--prompts", metavar="FILE",
         help="JSONL with a 'prompt' or 'messages' a line, continued as one batch; prints each line with "
-        "'continuation', 'finish' (eos, stop, length) and 'tokens'",
+        "'continuation', 'finish' (eos, stop, length, interrupted) and 'tokens'",
     )  # fmt: skip
-    what.add_argument("--interactive", action="store_true", help="a conversation, a line at a time; ends with ctrl-D")
+    what.add_argument(
+        "--interactive", action="store_true", help="a conversation, a line at a time; ctrl-C ends an answer, ctrl-D all"
+    )
     parser.add_argument("--chat", action="store_true", help="put --prompt into the tokenizer's chat template")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="most tokens to write (default %(default)s)")
     for field in fields(Sampling):
@@ -100,8 +104,33 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+@contextlib.contextmanager
+def interruptible(run: Any) -> Iterator[None]:
+    """The first ctrl-C inside ends the text, and what follows is done as ever; the second ends the command."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # whoever started us wants no interrupts
+        yield
+        return
+
+    def end_text(*_: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        run.interrupt()
+
+    signal.signal(signal.SIGINT, end_text)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def report(run: Any) -> None:
-    """How fast it went."""
+    """How fast it went; where it was interrupted, that ends the command.
+
+    Raises:
+        KeyboardInterrupt: the text was interrupted.
+    """
+    if run.interrupted:
+        raise KeyboardInterrupt
     read, wrote = sum(len(row.prompt) for row in run.rows), sum(len(row.tokens) for row in run.rows)
     rate = (wrote - len(run.rows)) / run.decode_seconds if run.decode_seconds and wrote > len(run.rows) else 0.0
     note(
@@ -129,8 +158,9 @@ def one(session: Session) -> None:
     run = session.run([ids])
     say(text + "\n" * told.chat)
     try:
-        for _, piece in run.pieces():
-            say(piece)
+        with interruptible(run):
+            for _, piece in run.pieces():
+                say(piece)
     finally:
         say("\n")
     session.keep(run, [*messages, {"role": "assistant", "content": run.rows[0].text}] if told.chat else ())
@@ -153,7 +183,8 @@ def many(session: Session) -> None:
         ids.append(encode(session.tokenizer, text, special=not chat))
     run = session.run(ids)
     try:
-        with tqdm(total=len(records) * session.told.max_new_tokens, unit="token", file=sys.stderr, disable=None) as bar:
+        total = len(records) * session.told.max_new_tokens
+        with interruptible(run), tqdm(total=total, unit="token", file=sys.stderr, disable=None) as bar:
             for _ in run.pieces():
                 bar.update(sum(len(row.tokens) for row in run.rows) - bar.n)
     finally:
@@ -191,12 +222,12 @@ def converse(session: Session) -> None:
         else:
             ids = encode(session.tokenizer, text, special=session.earlier is None)
         run = session.run([ids])
-        try:
+        with interruptible(run):
             for _, piece in run.pieces():
                 say(piece)
-        except KeyboardInterrupt:
-            note(" (interrupted)")
         say("\n")
+        if run.interrupted:
+            note("(interrupted)")
         messages = [*messages, {"role": "assistant", "content": run.rows[0].text}]
         session.earlier = run.conversation(messages)
         session.keep(run, messages)

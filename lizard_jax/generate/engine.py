@@ -16,7 +16,7 @@ from lizard_jax.generate.sampling import Sampling
 from lizard_jax.generate.text import Detokenizer, Stopper
 from lizard_jax.models.llama import Llama
 
-Finish = Literal["eos", "stop", "length"]
+Finish = Literal["eos", "stop", "length", "interrupted"]
 PATIENCE = 0.1
 """Seconds of tokens to write between two looks at the screen."""
 
@@ -72,6 +72,7 @@ class Generation:
         self.stops, self.max_new_tokens, self.earlier = tuple(stops), max_new_tokens, earlier
         self.rows = [Row(list(prompt), Detokenizer(tokenizer, prompt), Stopper(self.stops)) for prompt in prompts]
         self.prefill_seconds = self.decode_seconds = 0.0
+        self.interrupted = False
         self._carry: decode.Carry | None = None
 
     def pieces(self) -> Iterator[tuple[int, str]]:
@@ -92,22 +93,35 @@ class Generation:
         self.prefill_seconds = time.perf_counter() - began
         yield from self._tell(first[None])
         count, began = 1, time.perf_counter()
-        while any(row.finish is None for row in self.rows):
+        while not self.interrupted and any(row.finish is None for row in self.rows):
             carry = self._only_living(carry)
             left = max(self.max_new_tokens - len(row.tokens) for row in self.rows if row.finish is None)
             # A stop string is only seen here, and the state must not run past it.
             count = 1 if self.stops else min(count, left, decode.BLOCK)
             before = time.perf_counter()
             block, carry = decode.write(self.model, carry, count, self.sampling, stops=self.eos)
-            self._carry = carry
             spent = time.perf_counter() - before
             yield from self._tell(block)
             count = max(1, min(2 * count, int(PATIENCE * count / max(spent, 1e-6))))
         self.decode_seconds = time.perf_counter() - began
         self._carry = carry
+        for number, row in enumerate(self.rows):
+            if row.finish is None:
+                row.finish = "interrupted"
+                piece = self._rest(row)
+                row.text += piece
+                if piece:
+                    yield number, piece
+
+    def interrupt(self) -> None:
+        """Ends every row after the tokens now under way; may be called from a signal's handler.
+
+        Nothing else may: the arrays of the state are handed from step to step, and between two there are none.
+        """
+        self.interrupted = True
 
     def conversation(self, messages: Sequence[dict[str, str]] = ()) -> Conversation:
-        """What is needed to go on with the one row, after ``pieces`` has ended or was left."""
+        """What is needed to go on with the one row, after ``pieces`` has ended."""
         (row,), carry = self.rows, self._carry
         assert carry is not None
         past = [] if self.earlier is None else self.earlier.tokens
@@ -138,13 +152,16 @@ class Generation:
             shown = [token for token in fresh if token not in self.eos]
             piece = row.stopper.add(row.detokenizer.add(shown)) if shown else ""
             if row.finish is not None and not row.stopper.stopped:
-                piece += row.stopper.add(row.detokenizer.rest())
-                piece += row.stopper.rest()
+                piece += self._rest(row)
             if row.stopper.stopped:
                 row.finish = "stop"
             row.text += piece
             if piece:
                 yield number, piece
+
+    def _rest(self, row: Row) -> str:
+        """What was held back of a row that has ended."""
+        return row.stopper.add(row.detokenizer.rest()) + row.stopper.rest()
 
 
 def live_bytes() -> int:

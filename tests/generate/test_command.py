@@ -90,29 +90,51 @@ INTERRUPTIBLE = (
 
 def started(*arguments: str) -> subprocess.Popen:
     """The command by itself, with far more to write than it will get to."""
-    command = [sys.executable, "-c", INTERRUPTIBLE, TEACHER, *arguments, "--max-new-tokens", "4000"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", INTERRUPTIBLE, TEACHER, "--max-new-tokens", "4000", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
-def test_what_was_written_stands_after_an_interrupt():
-    process = started("--prompt", "def main(", "--temperature", "1")
-    assert process.stdout is not None
-    begun = process.stdout.read(len("def main(") + 1)
-    process.send_signal(signal.SIGINT)
-    rest, err = process.communicate(timeout=120)
+def test_what_was_written_stands_after_an_interrupt_and_can_be_gone_on_with(capsys, tmp_path):
+    with started("--prompt", "def main(", "--save-state", str(tmp_path / "state")) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        first = process.stdout.read(len("def main(") + 40)
+        process.send_signal(signal.SIGINT)
+        first += process.stdout.read()
+        err = process.stderr.read().splitlines()
     assert process.returncode == 130, err
-    assert (begun + rest).startswith("def main(")
-    assert rest.endswith("\n")
-    assert err == "interrupted; what was written stands\n"
+    assert first.endswith("\n")
+    assert err[0].endswith(f"bytes in {tmp_path / 'state'}")
+    assert err[1:] == ["interrupted; what was written stands"]
+    code, second, _ = run(capsys, "--load-state", tmp_path / "state", "--max-new-tokens", "20")
+    assert code == 0
+    _, whole, _ = run(capsys, "--prompt", "def main(", "--max-new-tokens", "1000")
+    assert whole.startswith(first.removesuffix("\n") + second.removesuffix("\n"))
+
+
+def test_a_conversation_outlives_an_interrupted_answer():
+    with started("--interactive", "--max-new-tokens", "1500") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write("def main(\nimport\n")
+        process.stdin.close()
+        process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        out = process.stdout.read()
+        err = process.stderr.read()
+    assert process.returncode == 0, err
+    assert err.count("(interrupted)") == 1
+    assert len(out) > 1500, "the second answer is whole"
 
 
 def test_an_output_that_is_closed_ends_in_one_line():
-    process = started("--prompt", "def main(", "--temperature", "1")
-    assert process.stdout is not None
-    assert process.stdout.read(9) == "def main("
-    process.stdout.close()
-    assert process.stderr is not None
-    err = process.stderr.read()
-    assert process.wait(timeout=120) == 2
+    with started("--prompt", "def main(", "--temperature", "1") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(9) == "def main("
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 2
     assert err == "error: the output was closed before the text ended\n"
-    process.stderr.close()
