@@ -1,14 +1,15 @@
-"""The parity suite, long: thousands of drawn cases of one implementation against the recurrence in float64.
+"""The parity suite, long: thousands of drawn cases of one implementation against its definition in float64.
 
     python -m benchmarks.parity --implementation xla --cases 10000
+    python -m benchmarks.parity --op sliding_window --implementation xla --cases 1000
 
 Each case draws a shape (T 1 to 1,000, G 1 to 8, F and H 16 to 256, with and without the feature map inside), a dtype,
-and values, gates and segments as ``tests/kernels/parity.py`` does. A case has several rows, for the relative error of
-a result that is but a few sums of random signs tells how they cancelled. A line per case goes to
-``runs/parity/NAME.jsonl``; the worst of every result stays in ``benchmarks/parity.json``, beside those of other
-implementations. Kernels run on their hardware where it is here, and in their interpreters, slowly, where it is not.
-A case that misses the tolerance is kept with what the plain recurrence makes of it in the same dtype: where that
-misses too, the dtype and not the kernel is at its end. Exits 1 if a case is missed.
+and values, gates and segments as ``tests/kernels/parity.py`` does; of the window as ``parity_window.py`` does. A case
+has several rows, for the relative error of a result that is but a few sums of random signs tells how they cancelled. A
+line per case goes to ``runs/parity/OP/NAME.jsonl``; the worst of every result stays in ``benchmarks/parity.json``,
+beside those of other implementations. Kernels run on their hardware where it is here, and in their interpreters,
+slowly, where it is not. A case that misses the tolerance is kept with what the plain definition makes of it in the same
+dtype: where that misses too, the dtype and not the kernel is at its end. Exits 1 if a case is missed.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from tests.kernels import parity
+from tests.kernels import parity, parity_window
 from tests.kernels.parity import Shape
+from tests.kernels.parity_window import Shape as Window
 
 HERE = Path(__file__).resolve().parent
 SHAPES = [
@@ -51,18 +53,33 @@ SHAPES = [
     Shape(4, 300, 2, 1, 2, 16, 16, act="softmax", X=32),
     Shape(4, 1000, 2, 1, 1, 16, 16, act="exp", X=16),
 ]
+WINDOWS = [
+    Window(16, 1, 2, 2, 16, 1),
+    Window(8, 7, 4, 4, 32, 3, rope=False, learned=3),
+    Window(8, 33, 8, 1, 16, 16, prefix=2),
+    Window(8, 63, 8, 1, 16, 64, sink=False),
+    Window(8, 64, 6, 2, 48, 33, prefix=4),
+    Window(4, 128, 2, 1, 128, 32, rope=False, learned=2, prefix=3, own_prefix=True),
+    Window(4, 129, 4, 2, 64, 128),
+    Window(8, 20, 2, 1, 256, 140),
+    Window(4, 300, 2, 2, 16, 130, sink=False, prefix=2, own_prefix=True),
+    Window(4, 530, 3, 1, 16, 20, learned=4),
+    Window(4, 1000, 2, 1, 16, 8),
+]
+OPS = {"log_gate_attention": (parity, SHAPES), "sliding_window": (parity_window, WINDOWS)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", choices=OPS, default="log_gate_attention", help="(default %(default)s)")
     parser.add_argument("--implementation", default="xla", help="which one (default %(default)s)")
     parser.add_argument("--cases", type=int, default=10_000, help="how many (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default %(default)s)")
     parser.add_argument("--out", type=Path, default=HERE / "parity.json", help="summary (default %(default)s)")
     arguments = parser.parse_args()
-    name = arguments.implementation
-    if name == "reference" or name not in parity.implementations():
-        known = ", ".join(other for other in parity.implementations() if other != "reference")
+    name, (suite, shapes) = arguments.implementation, OPS[arguments.op]
+    if name == "reference" or name not in suite.implementations():
+        known = ", ".join(other for other in suite.implementations() if other != "reference")
         print(f"error: no implementation {name!r} to measure here; choose from {known}", file=sys.stderr)
         return 2
     if arguments.cases < 1:
@@ -70,7 +87,7 @@ def main() -> int:
         return 2
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     rng = np.random.default_rng(arguments.seed)
-    log = Path("runs/parity") / f"{name}.jsonl"
+    log = Path("runs/parity") / arguments.op / f"{name}.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
 
     worst: dict[str, dict[str, dict]] = {}
@@ -79,18 +96,18 @@ def main() -> int:
     start = time.time()
     # Shape by shape, so that each is compiled once.
     plan = sorted(
-        (int(rng.integers(len(SHAPES))), str(rng.choice(["float32", "bfloat16"])), i) for i in range(arguments.cases)
+        (int(rng.integers(len(shapes))), str(rng.choice(["float32", "bfloat16"])), i) for i in range(arguments.cases)
     )
     with log.open("w") as lines:
         for shape, dtype, case in tqdm(plan, unit="case", desc=name):
-            values = parity.draw(np.random.default_rng((arguments.seed, case)))
-            errors = parity.errors(name, SHAPES[shape], values, dtype)
-            told = {"shape": dataclasses.asdict(SHAPES[shape]), "draw": dataclasses.asdict(values)}
+            values = suite.draw(np.random.default_rng((arguments.seed, case)))
+            errors = suite.errors(name, shapes[shape], values, dtype)
+            told = {"shape": dataclasses.asdict(shapes[shape]), "draw": dataclasses.asdict(values)}
             lines.write(json.dumps({"case": case, "dtype": dtype, "errors": errors} | told) + "\n")
             counts[dtype] = counts.get(dtype, 0) + 1
             if over := [result for result, error in errors.items() if not error <= parity.TOLERANCE[dtype]]:
-                plain = parity.errors("reference", SHAPES[shape], values, dtype)
-                both = {result: {name: errors[result], "recurrence": plain[result]} for result in over}
+                plain = suite.errors("reference", shapes[shape], values, dtype)
+                both = {result: {name: errors[result], "definition": plain[result]} for result in over}
                 missed.append({"case": case, "dtype": dtype, "errors": both} | told)
             for result, error in errors.items():
                 before = worst.setdefault(dtype, {}).get(result)
@@ -98,8 +115,8 @@ def main() -> int:
                     worst[dtype][result] = {"error": error} | told
 
     kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    options = f"--implementation {name} --cases {arguments.cases} --seed {arguments.seed}"
-    kept[name] = {
+    options = f"--op {arguments.op} --implementation {name} --cases {arguments.cases} --seed {arguments.seed}"
+    kept[f"{arguments.op}/{name}"] = {
         "command": f"python -m benchmarks.parity {options}",
         "platform": jax.default_backend(),
         "interpreted": name in parity.STAND_INS and parity.STAND_INS[name].platform != jax.default_backend(),
@@ -114,7 +131,7 @@ def main() -> int:
         print(f"{result:8}" + "".join(f"{cell:>12}" for cell in row))
     for case in missed:
         for result, error in case["errors"].items():
-            told = f"{error[name]:.1e}, the recurrence in {case['dtype']} {error['recurrence']:.1e}"
+            told = f"{error[name]:.1e}, the definition in {case['dtype']} {error['definition']:.1e}"
             print(f"missed: case {case['case']}, {result}: {told}")
     print(f"{arguments.cases} cases, {len(missed)} missed; every case in {log}, the worst in {arguments.out}")
     return 1 if missed else 0

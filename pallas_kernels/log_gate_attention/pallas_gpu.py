@@ -128,12 +128,17 @@ def _dot(a: Float[Array, "m k"], b: Float[Array, "k n"], axes: tuple[int, int] =
     )
 
 
+def _rounded(x: Array, dtype: Any) -> tuple[Array, ...]:
+    """An fp32 operand in a matmul's dtype: rounded, and what rounding took, if anything."""
+    rounded = x.astype(dtype)
+    if rounded.dtype == x.dtype:
+        return (x,)
+    return rounded, (x - rounded.astype(x.dtype)).astype(dtype)
+
+
 def _dot_wide(a: Float[Array, "m k"], b: Float[Array, "k n"], axes: tuple[int, int] = (1, 0)) -> Float[Array, "m n"]:
-    """``_dot`` with an fp32 operand, which enters with what rounding to the other's dtype takes from it."""
-    rounded = b.astype(a.dtype)
-    if rounded.dtype == b.dtype:
-        return _dot(a, b, axes)
-    return _dot(a, rounded, axes) + _dot(a, (b - rounded.astype(b.dtype)).astype(a.dtype), axes)
+    """``_dot`` with an fp32 second operand that is not rounded."""
+    return _sum(_dot(a, part, axes) for part in _rounded(b, a.dtype))
 
 
 def _sum(terms) -> Array:
@@ -463,12 +468,13 @@ def _state_cotangents_kernel(
             n = s * rows + r
             q = _features(chunk, q_ref, q_maps, n, n).parts
             dy = chunk.load(dy_ref, n, columns)
-            pulled = ((decay.carried * chunk.load(a_ref, n))[:, None] * dy.astype(jnp.float32)).astype(dy.dtype)
+            pulled = (decay.carried * chunk.load(a_ref, n))[:, None] * dy.astype(jnp.float32)
             on_z = (decay.carried * chunk.load(b_ref, n))[:, None]
-            return (
-                tuple(dkv + _dot(pulled, a, (0, 0)) for dkv, a in zip(carry[0], q, strict=True)),
-                tuple(dz + jnp.sum(a.astype(jnp.float32) * on_z, 0) for dz, a in zip(carry[1], q, strict=True)),
-            )
+            dkv, dz = carry
+            dz = tuple(x + jnp.sum(a.astype(jnp.float32) * on_z, 0) for x, a in zip(dz, q, strict=True))
+            for part in _rounded(pulled, dy.dtype):
+                dkv = tuple(x + _dot(part, a, (0, 0)) for x, a in zip(dkv, q, strict=True))
+            return dkv, dz
 
         return _loop(rows, read, jax.tree.map(lambda x: keep * x, carry))
 

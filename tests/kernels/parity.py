@@ -195,7 +195,8 @@ def _run(implementation: str, s: Shape, inputs, segment_ids, weights, scale):
     return {name: np.asarray(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x) for name, x in out.items()}
 
 
-def _relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
+def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
+    """RMS of the error over that of what was expected; inf where a value is not finite."""
     # -1e30 marks "nothing there": it must be met exactly, and would drown every other value.
     empty = expected <= -1e29
     if not np.isfinite(actual).all() or (actual[empty] != np.asarray(EMPTY, actual.dtype)).any():
@@ -226,4 +227,4 @@ def errors(implementation: str, s: Shape, values: Draw, dtype: str) -> dict[str,
     factor = factor.reshape(*scale.shape[:2], -1)
     del expected["m"]
     actual["kv"], actual["z"] = actual["kv"] * factor[..., None], actual["z"] * factor
-    return {name: _relative_rms(actual[name], value) for name, value in expected.items()}
+    return {name: relative_rms(actual[name], value) for name, value in expected.items()}

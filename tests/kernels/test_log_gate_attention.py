@@ -88,6 +88,14 @@ def test_parity_of_kernels_bf16(implementation, shape):
     hold(implementation, shape, "bfloat16", draws=2)
 
 
+@kernels
+def test_gates_that_only_keep_a_memory_get_their_own_cotangents(implementation):
+    """What comes back through ``kv`` and through ``z`` cancels but for ``dn``: in bf16, too, none of it is rounded."""
+    values = Draw(seed=0, gate="keep", segment="one", feature="exp", scale=0.0, absent=1.0, memory=True)
+    errors = parity.errors(implementation, Shape(2, 50, 2, 2, 2, 16, 128, chunk=16), values, "bfloat16")
+    assert errors["dg"] <= 1e-4
+
+
 @pytest.mark.parametrize("shape", ODD, ids=str)
 def test_parity_of_odd_shapes(shape):
     hold("xla", shape, "float32", draws=6)

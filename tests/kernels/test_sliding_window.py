@@ -12,33 +12,17 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
 from pallas_kernels import partition, target
 from pallas_kernels.sliding_window import sliding_window
-from pallas_kernels.sliding_window.dispatch import IMPLEMENTATIONS, KERNELS, choose
+from pallas_kernels.sliding_window.dispatch import KERNELS, choose
 from pallas_kernels.sliding_window.problem import Problem
 from pallas_kernels.target import Target
-from tests.kernels import parity
+from tests.kernels import parity, parity_window
+from tests.kernels.parity_window import Draw, Shape, inputs, measured, run
 
-AVAILABLE = [name for name in parity.implementations() if name in IMPLEMENTATIONS]
+AVAILABLE = parity_window.implementations()
 every = pytest.mark.parametrize("implementation", AVAILABLE)
 others = pytest.mark.parametrize("implementation", [name for name in AVAILABLE if name != "reference"])
 kernels = pytest.mark.parametrize("implementation", [name for name in AVAILABLE if name in parity.STAND_INS])
 plain = pytest.mark.parametrize("implementation", [name for name in AVAILABLE if name not in parity.STAND_INS])
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Sizes of one case; ``learned`` and ``prefix`` count meta tokens, ``own_prefix`` gives each query its own."""
-
-    B: int
-    T: int
-    N: int
-    K: int
-    H: int
-    W: int
-    rope: bool = True
-    sink: bool = True
-    learned: int = 0
-    prefix: int = 0
-    own_prefix: bool = False
 
 
 SHAPES = [
@@ -58,92 +42,10 @@ INTERPRETED = (1, 3, 4, 5) if jax.default_backend() == "cpu" else range(len(SHAP
 ODD = [Shape(2, 33, 6, 2, 10, 5, learned=2, prefix=3), Shape(1, 100, 2, 1, 6, 40, rope=False)]
 
 
-def segments(rng: np.random.Generator, kind: str, s: Shape) -> np.ndarray:
-    """Documents of the past and of the queries, ``[B, W+T]``."""
-    length = s.W + s.T
-    if kind == "padding":
-        return np.zeros((s.B, length), np.int32)
-    if kind == "start":
-        return np.broadcast_to(np.arange(length) >= s.W, (s.B, length)).astype(np.int32)
-    ids = np.sort(rng.integers(1, 5, (s.B, length)), axis=1)
-    if kind == "packed":
-        ids[rng.random(ids.shape) < 0.1] = 0
-        ids[:, length - rng.integers(0, 1 + s.T // 4) :] = 0
-    return ids.astype(np.int32)
-
-
-def inputs(s: Shape, seed: int, kind: str, scale: float):
-    """``(what gradients are taken of, the rest)`` in float64; positions count from somewhere in a document."""
-    rng = np.random.default_rng(seed)
-    arrays = {
-        "q": scale * rng.normal(size=(s.B, s.T, s.N, s.H)),
-        "k": rng.normal(size=(s.B, s.W + s.T, s.K, s.H)),
-        "v": rng.normal(size=(s.B, s.W + s.T, s.K, s.H)),
-    }
-    if s.sink:
-        arrays["sink"] = scale * rng.normal(size=s.N)
-    if s.learned:
-        arrays |= {f"learned_{x}": rng.normal(size=(s.learned, s.K, s.H)) for x in "kv"}
-    if s.prefix:
-        shape = (s.B, s.T if s.own_prefix else 1, s.prefix, s.K, s.H)
-        arrays |= {f"prefix_{x}": rng.normal(size=shape) for x in "kv"}
-    ids = segments(rng, kind, s)
-    rest = {
-        "q_segments": ids[:, s.W :],
-        "k_segments": ids,
-        "positions": np.arange(s.T) + rng.integers(0, s.W + s.prefix + 1, (s.B, 1)),
-        "rope_frequencies": 10000.0 ** (-np.arange(s.H // 2) / (s.H // 2)) if s.rope else None,
-    }
-    # A random sign would let the sum over queries that is a sink's gradient cancel.
-    weights = rng.normal(size=(s.B, s.T, s.N, s.H)), np.abs(rng.normal(size=(s.B, s.T, s.N)))
-    return arrays, rest, weights
-
-
-@functools.cache
-def measured(implementation: str, window: int):
-    """Jitted: output, normalizer, and the gradient of a random scalar of both."""
-
-    def scalar(arrays, rest, weights):
-        y, n = sliding_window(**arrays, **rest, window=window, implementation=implementation)
-        told = jnp.sum(y.astype(n.dtype) * weights[0]) + jnp.sum(jnp.where(n > -1e29, n, 0.0) * weights[1])
-        return told, {"y": y, "n": n}
-
-    return jax.jit(jax.value_and_grad(scalar, has_aux=True))
-
-
-def run(implementation: str, s: Shape, arrays, rest, weights) -> dict[str, np.ndarray]:
-    with parity.scope(implementation):
-        (_, out), grads = measured(implementation, s.W)(arrays, rest, weights)
-    out = out | {f"d{name}": x for name, x in grads.items()}
-    return {name: np.asarray(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x) for name, x in out.items()}
-
-
-def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
-    # -1e30 marks "nothing there": it must be met exactly, and would drown every other value.
-    empty = expected <= -1e29
-    if not np.isfinite(actual).all() or (actual[empty] != actual.dtype.type(-1e30)).any():
-        return float("inf")
-    actual, expected = (np.where(empty, 0.0, x.astype(np.float64)) for x in (actual, expected))
-    error, size = (np.sqrt(np.mean(x**2)) for x in (actual - expected, expected))
-    return float(error / size) if size > parity.LEAST else float(error)
-
-
 def hold(implementation: str, s: Shape, dtype: str, kinds=("packed", "start"), scale: float = 1.0) -> None:
-    wide = "float64" if dtype == "float64" else "float32"
     seed = zlib.crc32(str((s, dtype)).encode())
     for kind in kinds:
-        arrays, rest, weights = inputs(s, seed, kind, scale)
-        with jax.enable_x64(True):
-            narrow = {x: dtype if x in ("q", "k", "v", "prefix_k", "prefix_v") else wide for x in arrays}
-            rounded = {name: np.asarray(jnp.asarray(x, narrow[name])) for name, x in arrays.items()}
-            if s.rope:
-                rest["rope_frequencies"] = rest["rope_frequencies"].astype("float32")
-            weights = np.asarray(jnp.asarray(weights[0], dtype), wide), weights[1].astype(wide)
-            exact = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in rounded.items()}
-            expected = run("reference", s, exact, rest, tuple(jnp.asarray(x, "float64") for x in weights))
-        with jax.enable_x64(dtype == "float64"):
-            actual = run(implementation, s, jax.tree.map(jnp.asarray, rounded), rest, weights)
-        errors = {name: relative_rms(actual[name], value) for name, value in expected.items()}
+        errors = parity_window.errors(implementation, s, Draw(seed, kind, scale), dtype)
         wrong = {name: error for name, error in errors.items() if not error <= parity.TOLERANCE[dtype]}
         assert not wrong, kind
 
@@ -180,7 +82,7 @@ def test_parity_fp64(shape):
 def test_is_its_definition(implementation, rope):
     """Against lists of what each query meets, with angles from absolute positions."""
     s = Shape(2, 23, 4, 2, 6, 5, rope=rope, learned=3, prefix=2)
-    arrays, rest, _ = inputs(s, 0, "packed", 1.0)
+    arrays, rest, _ = inputs(s, Draw(0, "packed", 1.0))
     ids, frequencies = rest["k_segments"], 10000.0 ** (-np.arange(3) / 3)
 
     def turned(x, position):
@@ -216,7 +118,7 @@ def test_is_its_definition(implementation, rope):
 def test_padding_meets_nothing(implementation, sink):
     """Output 0, normalizer -1e30 exactly, every gradient 0; so too a query that meets no key and has no sink."""
     s = Shape(1, 20, 2, 1, 16, 8, sink=sink)
-    arrays, rest, weights = jax.tree.map(jnp.float32, inputs(s, 0, "padding", 1.0))
+    arrays, rest, weights = jax.tree.map(jnp.float32, inputs(s, Draw(0, "padding", 1.0)))
     rest |= {name: rest[name].astype(jnp.int32) for name in ("q_segments", "k_segments", "positions")}
     for ids in (rest["q_segments"], rest["q_segments"] + 7)[: 1 if sink else 2]:
         out = run(implementation, s, arrays, rest | {"q_segments": ids}, weights)
@@ -229,7 +131,7 @@ def test_padding_meets_nothing(implementation, sink):
 def test_what_is_not_met_takes_no_part(implementation):
     """Keys of other documents, however large, change nothing and get no gradient."""
     s = Shape(1, 40, 2, 1, 16, 8)
-    arrays, rest, weights = jax.tree.map(jnp.float32, inputs(s, 0, "one", 1.0))
+    arrays, rest, weights = jax.tree.map(jnp.float32, inputs(s, Draw(0, "one", 1.0)))
     ids = jnp.asarray(np.arange(s.W + s.T)[None] // 12 % 2 * 3)
     rest |= {"k_segments": ids, "q_segments": ids[:, s.W :], "positions": rest["positions"].astype(jnp.int32)}
     other = (ids == 0)[..., None, None]
@@ -246,7 +148,7 @@ def test_never_all_pairs():
 
     def temporary(T: int) -> int:
         s = Shape(1, T, 2, 1, 16, 32)
-        arrays, rest, weights = jax.tree.map(jnp.float32, inputs(s, 0, "one", 1.0))
+        arrays, rest, weights = jax.tree.map(jnp.float32, inputs(s, Draw(0, "one", 1.0)))
         rest |= {name: rest[name].astype(jnp.int32) for name in ("q_segments", "k_segments", "positions")}
         compiled = measured("xla", s.W).lower(arrays, rest, weights).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -300,7 +202,7 @@ def test_bad_input_is_told_in_one_line():
 
 def test_no_step_of_a_tpu_kernel_races_with_another():
     s = Shape(1, 530, 2, 2, 16, 130)
-    arrays, rest, weights = jax.tree.map(jnp.float32, inputs(s, 0, "packed", 1.0))
+    arrays, rest, weights = jax.tree.map(jnp.float32, inputs(s, Draw(0, "packed", 1.0)))
     rest |= {name: rest[name].astype(jnp.int32) for name in ("q_segments", "k_segments", "positions")}
     run("pallas_tpu", s, arrays, rest, weights)
     assert interpret_pallas_call.races is not None

@@ -45,7 +45,8 @@ def _of_head(
 
     A pair's weight has the cotangent ``a_i (dy_i·v_j) + b_i``: with ``normalize`` ``a = 1/den`` and
     ``b = (dn - y·dy) / den``, without it ``a = e^level`` and ``b = dn / den``. Where a state holds little but one token
-    the two nearly cancel, so ``kv`` is not rounded here.
+    the two nearly cancel, so ``kv`` is not rounded here; nor is what goes to the cotangent of ``kv``, which cancels
+    with that of ``z`` in the gates' cotangents of earlier chunks.
     """
     dtype, wide = q.dtype, q.astype(jnp.float32)
     scores = dot(q, k, (1, 1)) * decay.pair
@@ -63,12 +64,12 @@ def _of_head(
 
     weights = a * on_values + b
     dscores = (decay.pair * weights).astype(dtype)
-    by_carried = (decay.carried * a * dy.astype(jnp.float32)).astype(dtype)
+    by_carried = decay.carried * a * dy.astype(jnp.float32)
     return _OfHead(
         q=dot(dscores, k) + decay.carried * (a * on_state + b * z),
         k=dot(dscores, q, (0, 0)),
         v=dot((scores * a).astype(dtype), dy, (0, 0)),
-        kv=dot(q, by_carried, (0, 0)),
+        kv=dot_finely(q, by_carried, (0, 0)),
         z=jnp.sum(wide * (decay.carried * b), 0, keepdims=True),
         exponent=scores * weights,
         since=a * reads_kv + b * reads_z,

@@ -5,7 +5,7 @@ A pair's weight has the cotangent ``a_i (dy_i·v_j) + b_i``, where ``a`` divides
 ``y·dy`` in it, found from the same products as the weights' cotangents and not from a rounded ``y``, whose error would
 be the same for every key. The cotangents ``e_ij`` of exponents reach gate ``t`` as ``Σ_{i ≥ t} Σ_{j < t} e_ij``, summed
 as it stands. Where few tokens make up the memory, what they and the queries' gradients are sums of nearly cancels, so
-states and their cotangents enter both with what rounding took.
+states, their cotangents and what adds up to these enter with what rounding took.
 """
 
 # Triton compiles these functions from their source; what it accepts is not what its annotations say.
@@ -223,8 +223,11 @@ def cotangents_kernel(
             shift = q_shift_ptr + half * batches * T * N + first_row
             q = features_t(q, shift, row, rows_in, e, half, E, X, dy_ptr.dtype.element_ty)
             dy = load_tile(dy_ptr + first_row * H, row, h, rows_in, H)
-            scaled = (dy.to(tl.float32) * (reads * a)[:, None]).to(dy.dtype)
-            dkv = tl.dot(q, scaled, dkv, input_precision=PRECISION)
+            pulled = dy.to(tl.float32) * (reads * a)[:, None]
+            dkv = tl.dot(q, pulled.to(dy.dtype), dkv, input_precision=PRECISION)
+            if PARTS > 1:
+                rest = (pulled - pulled.to(dy.dtype).to(tl.float32)).to(dy.dtype)
+                dkv = tl.dot(q, rest, dkv, input_precision=PRECISION)
             dz = tl.dot(q, in_columns(reads * b, q.dtype), dz, input_precision=PRECISION)
     store_tile(dkv_out_ptr + head * F * H, f, h, inside, dkv, H)
     if first:

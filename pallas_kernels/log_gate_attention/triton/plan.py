@@ -69,7 +69,7 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     small = group == 1 and F <= 128  # one query head's rows and a state of half the registers
     few = ampere and group > 1 and F <= 128
     if problem.act:
-        return _mapped(problem, min(C, 16 if ampere and F > 128 else 32))
+        return _mapped(problem, min(C, 16 if ampere and F > 128 else 32), ampere)
     measured = None if wide or problem.T < 128 else tuned.choice(target.chip, problem.F, problem.H, group)
     if measured is not None:
         sizes: dict[str, Any] = {name: Launch(**x) if isinstance(x, dict) else x for name, x in measured.items()}
@@ -81,13 +81,13 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
         forward=Launch(F, width, heads, num_warps=4 if small else 8, num_stages=1),
         states=Launch(*tile, num_stages=3),
         outputs=Launch(tile[0], tile[1] if ampere else min(H, 128), heads, num_warps=8),
-        cotangents=Launch(*tile, 1 if ampere else heads, num_warps=8),
+        cotangents=Launch(tile[0], min(H, 32) if ampere else tile[1], 1 if ampere else heads, num_warps=8),
         rows=Launch(tile[0], min(H, 32) if ampere else tile[1], 1 if ampere else heads, num_warps=8),
         keys=Launch(F, H, keys=min(C, 16 if few or wide else 32), num_warps=8, num_stages=2 if few else 1),
     )
 
 
-def _mapped(problem: Problem, C: int) -> Plan:
+def _mapped(problem: Problem, C: int, ampere: bool) -> Plan:
     """Tiles of ``rows`` and ``keys`` hold a whole half of the features, for a softmax's gradient sums over it."""
     E, H, block = power(problem.F // 2, 16), power(problem.H, 16), 32 if problem.dtype.itemsize > 2 else 64
     tile = (min(E, block), min(H, block))
@@ -97,7 +97,7 @@ def _mapped(problem: Problem, C: int) -> Plan:
         forward=Launch(E, H),
         states=Launch(*tile, num_warps=8),
         outputs=Launch(min(tile[0], 32) if E > 64 else tile[0], tile[1], num_warps=8, num_stages=1),
-        cotangents=Launch(*tile, num_warps=8, num_stages=1),
+        cotangents=Launch(tile[0], min(H, 32) if ampere else tile[1], num_warps=8, num_stages=1),
         rows=Launch(E, min(H, 2 * block), num_warps=8, num_stages=1),
         keys=Launch(E, H, keys=16, num_warps=8, num_stages=1),
     )
