@@ -12,7 +12,8 @@ allotted, of which a core has 64 (none where the compiler saw no shortage). ``sp
 for want of registers, each instruction of the program counted once: a thread's on a GPU, a core's on a TPU. A TPU
 kernel works on blocks larger than its registers and keeps them in VMEM, one load away: spills there are usual, and a
 cost, not a failure. ``traffic`` is of the whole pass: bytes of device memory moved over compulsory bytes, where kernels
-and what XLA adds around them read operands and write results once, and compulsory are arguments and results.
+and what XLA adds around them read operands and write results once, and compulsory are arguments and results. Batch 1:
+there the Triton kernels split the sequence and keep states in device memory, which a full card spares them.
 """
 
 from __future__ import annotations

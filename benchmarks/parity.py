@@ -54,7 +54,7 @@ SHAPES = [
     Shape(4, 1000, 2, 1, 1, 16, 16, act="exp", X=16),
 ]
 WINDOWS = [
-    Window(16, 1, 2, 2, 16, 1),
+    Window(64, 1, 2, 2, 16, 1),
     Window(8, 7, 4, 4, 32, 3, rope=False, learned=3),
     Window(8, 33, 8, 1, 16, 16, prefix=2),
     Window(8, 63, 8, 1, 16, 64, sink=False),

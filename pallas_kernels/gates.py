@@ -1,4 +1,8 @@
-"""What must compile: every kernel, each pass, for each chip it is for, at the attention shape of Llama-3-8B."""
+"""What must compile: every kernel, each pass, for each chip it is for, at the attention shape of Llama-3-8B.
+
+Heads come and go side by side in one axis, as projections hand them over and take them. A TPU lays an axis of heads out
+otherwise: called alone, on arrays that have one, the ops would pay for moving every argument and result first.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +65,7 @@ class Gate:
         return compile_for(self.chip, backward, arguments, self._results())
 
     def _results(self) -> Any:
-        y, n = _array(B, T, N, H), _array(B, T, N, dtype=jnp.float32)
+        y, n = _array(B, T, N * H), _array(B, T, N, dtype=jnp.float32)
         return (y, n) if self.F is None else (y, n, _state(self.F))
 
 
@@ -73,6 +77,14 @@ def gates() -> Iterator[Gate]:
         for implementation, (F, act), which in itertools.product(kernels, maps, ("forward", "backward")):
             for chip in CHIPS[implementation]:
                 yield Gate(op, implementation, which, chip, F, act)
+
+
+def _heads(x: jax.Array, heads: int) -> jax.Array:
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+def _side_by_side(y: jax.Array, *rest: Any) -> Any:
+    return y.reshape(*y.shape[:2], -1), *rest
 
 
 def _array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -91,21 +103,23 @@ def _log_gate(gate: Gate) -> tuple[Callable, tuple]:
         {"return_log_normalizer": True, "return_final_state": True, "implementation": gate.implementation},
     )
     scalars = _array(B, T, K, dtype=jnp.float32), _array(B, T, K, dtype=jnp.float32), _state(gate.F)
-    v = _array(B, T, K, H)
+    v = _array(B, T, K * H)
     if act is None:
 
         def attend(q, k, v, g, c, state):
-            return log_gate_attention(q, k, v, g, k_log_scale=c, initial_state=state, **told)
+            heads = _heads(q, N), _heads(k, K), _heads(v, K)
+            return _side_by_side(*log_gate_attention(*heads, g, k_log_scale=c, initial_state=state, **told))
 
-        return attend, (_array(B, T, N, gate.F), _array(B, T, K, gate.F), v, *scalars)
+        return attend, (_array(B, T, N * gate.F), _array(B, T, K * gate.F), v, *scalars)
 
     def attend_mapped(q, k, v, g, c, state, q_map, k_map):
-        return mapped_log_gate_attention(
-            q, k, v, g, q_map=q_map, k_map=k_map, act=act, k_log_scale=c, initial_state=state, **told
+        heads, maps = (_heads(q, N), _heads(k, K), _heads(v, K)), {"q_map": q_map, "k_map": k_map}
+        return _side_by_side(
+            *mapped_log_gate_attention(*heads, g, **maps, act=act, k_log_scale=c, initial_state=state, **told)
         )
 
     maps = (_array(heads, H, gate.F // 2, dtype=jnp.float32) for heads in (N, K))
-    return attend_mapped, (_array(B, T, N, H), _array(B, T, K, H), v, *scalars, *maps)
+    return attend_mapped, (_array(B, T, N * H), _array(B, T, K * H), v, *scalars, *maps)
 
 
 def _window(gate: Gate) -> tuple[Callable, tuple]:
@@ -113,12 +127,15 @@ def _window(gate: Gate) -> tuple[Callable, tuple]:
 
     def attend(q, k, v, frequencies, sink):
         segments = jnp.ones((B, T), jnp.int32), jnp.ones((B, W + T), jnp.int32)
-        return sliding_window(
-            q, k, v, *segments, window=W, rope_frequencies=frequencies, sink=sink, implementation=gate.implementation
+        heads, implementation = (_heads(q, N), _heads(k, K), _heads(v, K)), gate.implementation
+        return _side_by_side(
+            *sliding_window(
+                *heads, *segments, window=W, rope_frequencies=frequencies, sink=sink, implementation=implementation
+            )
         )
 
     scalars = _array(H // 2, dtype=jnp.float32), _array(N, dtype=jnp.float32)
-    return attend, (_array(B, T, N, H), _array(B, W + T, K, H), _array(B, W + T, K, H), *scalars)
+    return attend, (_array(B, T, N * H), _array(B, W + T, K * H), _array(B, W + T, K * H), *scalars)
 
 
 _OPS = {"log_gate_attention": _log_gate, "sliding_window": _window}
