@@ -52,7 +52,7 @@ class Implementation:
               ``q_segments_i = k_segments_j ≠ 0``.
             - ``sink[N]`` fp32: a logit at or below -1e29 is no sink.
             - ``frequencies[H/2]`` fp32 or None. Angle p·f turns the pairs (x_f, x_{f+H/2}) of a key at p = j and of a
-              query at p = i + W, both counted from the start of a block, so that angles stay small and exact:
+              query at p = i + W, both counted from the start of the array or of a block, the same in every pass:
               ``(a, b) -> (a cos - b sin, b cos + a sin)`` in fp32, rounded to the inputs' dtype. Constant to autodiff.
             - ``s_ij = q_i·k_j / √H`` accumulated in fp32; ``n_i = log(Σ_j e^{s_ij} + e^{sink})`` in fp32 and
               ``y_i = Σ_j e^{s_ij - n_i} v_j`` in v's dtype. A query of segment 0, or one that meets no key where there

@@ -19,16 +19,18 @@ def tables(
 ) -> tuple[Float[Array, "*L H/2"], Float[Array, "*L H/2"]]:
     """``cos(p f)`` and ``sin(p f)`` of every position and frequency, in the dtype of the frequencies.
 
-    An fp32 product of hundreds would miss by 1e-5, so the angle is the sum of a coarse part, exact for positions below
-    4096, and a small one.
+    An fp32 product of hundreds would miss by 1e-5, so the angle is a sum of parts, by parts of the frequency of eight
+    bits: exact for positions below 65,536.
     """
-    coarse = lax.reduce_precision(frequencies, exponent_bits=8, mantissa_bits=11)
     at = positions[..., None].astype(frequencies.dtype)
-    large, small = at * coarse, at * (frequencies - coarse)
-    return (
-        jnp.cos(large) * jnp.cos(small) - jnp.sin(large) * jnp.sin(small),
-        jnp.sin(large) * jnp.cos(small) + jnp.cos(large) * jnp.sin(small),
-    )
+    cos, sin = jnp.ones_like(at * frequencies), jnp.zeros_like(at * frequencies)
+    rest = frequencies
+    for last in (False, False, True):
+        part = rest if last else lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+        rest = rest - part
+        turn_cos, turn_sin = jnp.cos(at * part), jnp.sin(at * part)
+        cos, sin = cos * turn_cos - sin * turn_sin, sin * turn_cos + cos * turn_sin
+    return cos, sin
 
 
 def rotate(

@@ -67,6 +67,14 @@ def test_parity_bf16(implementation, shape):
     hold(implementation, shape, "bfloat16", kinds=("packed",))
 
 
+@kernels
+def test_gradients_meet_the_turned_keys_that_were_summed(implementation):
+    """Turned queries and keys are rounded: turned by other angles in the backward pass, weights would not sum to 1."""
+    s = Shape(2, 150, 4, 2, 16, 40)
+    errors = parity_window.errors(implementation, s, Draw(0, "one", 3.0), "bfloat16")
+    assert errors["dv"] <= parity.TOLERANCE["bfloat16"]
+
+
 @pytest.mark.parametrize("shape", ODD, ids=str)
 def test_parity_of_odd_shapes(shape):
     hold("xla", shape, "float32")

@@ -96,11 +96,11 @@ def _constants(q: Array, k: Array, frequencies: Array | None, window: int, tile:
     }
 
 
-def _angles(frequencies: Array | None, positions: int) -> tuple[Array, Array]:
-    """Cosines and sines of ``positions`` positions; without rotation, arrays that no kernel reads."""
+def _angles(frequencies: Array | None, indices: int) -> tuple[Array, Array]:
+    """Cosines and sines of so many indices; without rotation, arrays that no kernel reads."""
     if frequencies is None:
         return jnp.zeros((1,), jnp.float32), jnp.zeros((1,), jnp.float32)
-    return tables(frequencies.astype(jnp.float32), jnp.arange(positions))
+    return tables(frequencies.astype(jnp.float32), jnp.arange(indices))
 
 
 def _forward(
@@ -120,7 +120,7 @@ def _forward(
     constants = _constants(q, k, frequencies, window, tile)
     return triton_launch.launch(
         kernels.window_forward,
-        *(q, k, v, q_segments, k_segments, sink, *_angles(frequencies, window + constants["TOKENS"])),
+        *(q, k, v, q_segments, k_segments, sink, *_angles(frequencies, window + T)),
         out_shape=(jax.ShapeDtypeStruct(q.shape, v.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
         grid=(-(-T // constants["TOKENS"]), K, B),
         **constants,
@@ -151,7 +151,7 @@ def _backward(
     constants = _constants(q, k, frequencies, window, tiles.query_gradient)
     dq, dscore = triton_launch.launch(
         kernels.window_query_gradient,
-        *(q, k, v, q_segments, k_segments, *_angles(frequencies, window + constants["TOKENS"]), y, n, dy, dn),
+        *(q, k, v, q_segments, k_segments, *_angles(frequencies, window + T), y, n, dy, dn),
         out_shape=(like(q.shape, q.dtype), like((B, T, N), jnp.float32)),
         grid=(-(-T // constants["TOKENS"]), K, B),
         SCALE=scale,
@@ -160,7 +160,7 @@ def _backward(
     constants = _constants(q, k, frequencies, window, tiles.key_gradient)
     dk, dv = triton_launch.launch(
         kernels.window_key_gradient,
-        *(q, k, v, q_segments, k_segments, *_angles(frequencies, window + constants["KEYS"]), n, dy, dscore),
+        *(q, k, v, q_segments, k_segments, *_angles(frequencies, window + T), n, dy, dscore),
         out_shape=(like(k.shape, k.dtype), like(v.shape, v.dtype)),
         grid=(-(-(window + T) // constants["KEYS"]), K, B),
         SCALE=scale,

@@ -6,8 +6,8 @@ pairs, the ``GROUP`` query heads of one key/value head beside one another, so a 
 
 Queries and keys are held as two halves of a head, each in a power of two of columns of which ``H // 2`` are real: RoPE
 turns the pairs ``(i, i + H/2)``, and a score is the sum of the halves' products. Angles come from tables
-``cos``, ``sin`` [·, H/2] by position inside the tile's band, so they never grow with the text. Tokens and keys count
-from the tile's first too.
+``cos``, ``sin`` [W+T, H/2] by index: turned queries and keys are rounded, and a gradient must meet the very ones that
+the normalizer was summed of. Inside a kernel tokens and keys count from the tile's first.
 
 fp32 operands are multiplied in full fp32. Scores are kept in base 2: ``SCALE = 1/√H`` and ``TO_BASE2 = log2(e)/√H``.
 """
@@ -77,6 +77,8 @@ def window_forward(
     v += first_key * K * WIDTH
     q_segments += first_token
     k_segments += first_key
+    cos += start * HALF
+    sin += start * HALF
 
     row = tl.arange(0, ROWS)
     token, q_head = row // GROUP, head * GROUP + row % GROUP
@@ -149,6 +151,8 @@ def window_query_gradient(
     v += first_key * K * WIDTH
     q_segments += first_token
     k_segments += first_key
+    cos += start * HALF
+    sin += start * HALF
 
     row = tl.arange(0, ROWS)
     token, q_head = row // GROUP, head * GROUP + row % GROUP
@@ -225,6 +229,8 @@ def window_key_gradient(
     dv += first_key * K * WIDTH
     q_segments += first_token
     k_segments += first_key
+    cos += start * HALF
+    sin += start * HALF
 
     key = tl.arange(0, KEYS)
     there = start + key < WINDOW + T
