@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.log_gate_attention.pallas_tpu.decay import Decay, row
-from pallas_kernels.log_gate_attention.pallas_tpu.features import Features, dot, features
+from pallas_kernels.log_gate_attention.pallas_tpu.features import Features, dot_finely, features
 from pallas_kernels.log_gate_attention.state import ABSENT, SMALLEST
 
 if TYPE_CHECKING:
@@ -84,10 +84,11 @@ def advance(
     v: Float[Array, "C H"],
     kv: Float[Array, "F H"],
     z: Float[Array, "1 F"],
+    finely: bool = False,
 ) -> tuple[Float[Array, "F H"], Float[Array, "1 F"]]:
-    """The state after the chunk."""
+    """The state after the chunk; ``finely``, as gradients want it, what it takes is not rounded."""
     taken = decay.take * k.astype(jnp.float32)
     return (
-        decay.keep * kv + dot(taken.astype(k.dtype), v, (0, 0)),
+        decay.keep * kv + dot_finely(taken if finely else taken.astype(k.dtype), v, (0, 0)),
         decay.keep * z + jnp.sum(taken, 0, keepdims=True),
     )

@@ -45,11 +45,19 @@ def dot(a: Array, b: Array, axes: tuple[int, int] = (1, 0)) -> Float[Array, "row
 
 
 def dot_finely(a: Array, b: Array, axes: tuple[int, int] = (1, 0)) -> Float[Array, "rows columns"]:
-    """The same with an fp32 ``b`` that is not rounded to ``a``'s dtype: its rest is multiplied, too."""
-    rounded = b.astype(a.dtype)
+    """The same where one of the two is fp32 and not to be rounded to the other's dtype: its rest is multiplied, too."""
+    if a.dtype == b.dtype:
+        return dot(a, b, axes)
     if a.dtype == jnp.float32:
-        return dot(a, rounded, axes)
-    return dot(a, rounded, axes) + dot(a, (b - rounded.astype(jnp.float32)).astype(a.dtype), axes)
+        first, rest = _parts(a, b.dtype)
+        return dot(first, b, axes) + dot(rest, b, axes)
+    first, rest = _parts(b, a.dtype)
+    return dot(a, first, axes) + dot(a, rest, axes)
+
+
+def _parts(x: Float[Array, "rows columns"], dtype) -> tuple[Array, Array]:
+    rounded = x.astype(dtype)
+    return rounded, (x - rounded.astype(jnp.float32)).astype(dtype)
 
 
 def _halves(plan: Plan, shape: tuple[int, ...]) -> tuple[Bool[Array, "C F"], Bool[Array, "C F"]]:

@@ -89,7 +89,8 @@ def log_gate_states(plan: Plan, ins: dict, outs: dict, state: dict) -> None:
     chunk = Chunk(plan, ins, i)
     key = chunk.key()
     decay = decays(chunk.gates(), chunk.key_scales(key), state["m"][p])
-    state["kv"][p], state["z"][p] = advance(decay, key.value, chunk.rows("v"), state["kv"][p], state["z"][p])
+    before = state["kv"][p], state["z"][p]
+    state["kv"][p], state["z"][p] = advance(decay, key.value, chunk.rows("v"), *before, finely=True)
     state["m"][p] = decay.m
 
 

@@ -39,8 +39,8 @@ def states_kernel(
 ):  # fmt: skip
     """The state before each chunk and after the last: a program per head and ``[BF, BH]`` block, from chunk to chunk.
 
-    The first part of ``kvs[PARTS, B, S, chunks, F, H]`` is rounded to what matmuls read, the second what rounding took;
-    ``zs[B, S, chunks, F]`` is fp32.
+    The first part of ``kvs[PARTS, B, S, chunks, F, H]`` is rounded to what matmuls read, the second what rounding took,
+    which gradients want; then nor is what the state takes rounded. ``zs[B, S, chunks, F]`` is fp32.
     """
     head = tl.program_id(0).to(tl.int64)
     batch, s = head // S, head % S
@@ -71,8 +71,11 @@ def states_kernel(
         key = features_t(key, shift, place * S, kept, e, half, E, X, v_ptr.dtype.element_ty)
         v = load_tile(v_ptr + (token * K + s // (S // K)) * H, place * K, h, kept, H)
         take, keep = tl.load(take_ptr + at * C + place), tl.load(keep_ptr + at)
-        taken = (v.to(tl.float32) * take[:, None]).to(v.dtype)
-        kv = tl.dot(key, taken, keep * kv, input_precision=PRECISION)
+        taken = v.to(tl.float32) * take[:, None]
+        kv = tl.dot(key, taken.to(v.dtype), keep * kv, input_precision=PRECISION)
+        if PARTS > 1:
+            rest = (taken - taken.to(v.dtype).to(tl.float32)).to(v.dtype)
+            kv = tl.dot(key, rest, kv, input_precision=PRECISION)
         z = tl.dot(key, in_columns(take, key.dtype), keep * z, input_precision=PRECISION)
     store_tile(kv_out_ptr + head * F * H, f, h, inside, kv, H)
     if first:
