@@ -1,6 +1,7 @@
 """What Orbax says beside its exceptions, kept from the terminal: an error is told once, by who catches it."""
 
 import contextlib
+import inspect
 import logging
 import sys
 import threading
@@ -20,18 +21,24 @@ def failing_quietly() -> Iterator[None]:
     """Around a read or write by Orbax that may fail.
 
     When one array fails, those still under way fail too or find their event loop closed, each in a thread of its own
-    and whenever it ends, which may be long after the failure was raised. They say nothing new. So the hooks that
-    ignore them stay after a failure; everything else goes on to the hooks there were.
+    and whenever it ends, which may be long after the failure was raised; asyncio logs some of them. They say nothing
+    new. So the hooks that ignore them stay after a failure; everything else goes on to the hooks there were.
     """
     usual = sys.unraisablehook, threading.excepthook
     sys.unraisablehook, threading.excepthook = (_without_echoes(hook) for hook in usual)
-    yield
+    try:
+        yield
+    except BaseException:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise
     sys.unraisablehook, threading.excepthook = usual
 
 
 def _without_echoes(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def tell(told: Any) -> None:
-        if "loop is closed" not in str(told.exc_value) and not disk_full(told.exc_value):
+        # What a coroutine raises while it is thrown away with its loop is as good as "loop is closed".
+        thrown_away = inspect.iscoroutine(getattr(told, "object", None))
+        if not thrown_away and "loop is closed" not in str(told.exc_value) and not disk_full(told.exc_value):
             hook(told)
 
     return tell
