@@ -17,7 +17,7 @@ V5E = Target("tpu", "v5e")
 
 @pytest.mark.parametrize(
     "shape",
-    [Shape(2, 20, 2, 1, 1, 16, 16, chunk=16), Shape(1, 33, 4, 2, 4, 16, 16, chunk=16, act="exp", X=16)],
+    [Shape(2, 20, 4, 2, 2, 16, 16, chunk=16), Shape(1, 33, 8, 1, 8, 16, 16, chunk=16, act="exp", X=16)],
     ids=str,
 )
 def test_no_step_races_with_another(shape, monkeypatch):
@@ -43,7 +43,7 @@ def problem(T: int, K: int, F: int, dtype="bfloat16", **kind) -> Problem:
         (problem(2048, 8, 256), 64, 128),
         (problem(2048, 8, 256), 24, 32),
         (problem(100, 8, 256), 64, 112),
-        (problem(2048, 1, 256, "float32"), 64, 32),
+        (problem(2048, 1, 256, "float32"), 64, 64),
     ],
 )
 def test_a_chunk_fits_the_matrix_unit_the_sequence_and_vmem(asked, hint, chunk):

@@ -3,95 +3,113 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.log_gate_attention.pallas_tpu.chunk import Chunk, advance, inputs, inverse, state_shapes
-from pallas_kernels.log_gate_attention.pallas_tpu.decay import Decay, decays, row
-from pallas_kernels.log_gate_attention.pallas_tpu.features import Features, dot
+from pallas_kernels.log_gate_attention.pallas_tpu.chunk import Chunk, advance, begin, inputs, inverse, state_shapes
+from pallas_kernels.log_gate_attention.pallas_tpu.decay import Decay, decays
+from pallas_kernels.log_gate_attention.pallas_tpu.features import Features
 from pallas_kernels.log_gate_attention.pallas_tpu.layout import Blocks, Plan, call
+from pallas_kernels.log_gate_attention.pallas_tpu.matmul import Stack, dot, stack
+from pallas_kernels.log_gate_attention.pallas_tpu.rows import stacked
+from pallas_kernels.log_gate_attention.pallas_tpu.schedule import staggered
 from pallas_kernels.log_gate_attention.state import EMPTY, SMALLEST
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 
-def _read(
-    decay: Decay,
-    level: Float[Array, "1 C"],
-    q: Features,
-    k: Float[Array, "C F"],
-    v: Float[Array, "C H"],
-    kv: Float[Array, "F H"],
-    z: Float[Array, "1 F"],
-    normalize: bool,
-) -> tuple[Float[Array, "C H"], Float[Array, "1 C"]]:
-    """Output and log normalizer of one query head; ``kv`` is rounded to the inputs' dtype, ``level`` is ``decay``'s.
+class _Held(NamedTuple):
+    """What all query heads of a state head meet."""
 
-    A column fills 16 registers where a row fills one, so logarithms are taken of rows.
-    """
-    weights = dot(q.value, k, (1, 1)) * decay.pair
-    num = dot(weights.astype(v.dtype), v) + decay.carried * dot(q.value, kv)
-    reads_z = jnp.sum(q.value.astype(jnp.float32) * z, 1, keepdims=True)
-    den = jnp.sum(weights, 1, keepdims=True) + decay.carried * reads_z
+    decay: Decay
+    with_q: Stack  # keys, kv transposed, z
+    values: Float[Array, "H C"]
+
+
+class _Read(NamedTuple):
+    """What a query head has met."""
+
+    num: Float[Array, "H C"]  # of the chunk
+    reads_kv: Float[Array, "H C"]
+    den: Float[Array, "1 C"]
+    log_scale: Float[Array, "1 C"] | None
+
+
+def _read(held: _Held, q: Features, met: Array) -> _Read:
+    scores, reads_kv, reads_z = held.with_q.split(met)
+    weights = scores * held.decay.pair
+    num = dot(held.values, weights.astype(held.values.dtype))
+    den = jnp.sum(weights, 0, keepdims=True) + held.decay.carried * reads_z[:1]
+    return _Read(num, reads_kv, den, q.log_scale)
+
+
+def _output(decay: Decay, read: _Read, normalize: bool) -> tuple[Float[Array, "H C"], Float[Array, "1 C"]]:
+    """Output, transposed, and log normalizer."""
+    num, den = read.num + decay.carried * read.reads_kv, read.den
     if normalize:
         y = num * inverse(den)
     else:
         half = jnp.exp(0.5 * decay.level)
         y = num * half * half
-    den = row(den)
-    n = level + jnp.log(jnp.where(den > SMALLEST, den, 1.0))
-    n = n if q.log_scale is None else n + row(q.log_scale)
+    n = decay.level + jnp.log(jnp.where(den > SMALLEST, den, 1.0))
+    n = n if read.log_scale is None else n + read.log_scale
     return y, jnp.where(den > SMALLEST, n, EMPTY)
 
 
 def log_gate_forward(plan: Plan, ins: dict, outs: dict, state: dict) -> None:
     """``y`` and ``n`` of a chunk; at the last one the final state."""
-    i, p = pl.program_id(2), pl.program_id(3)
+    i, turn = pl.program_id(2), pl.program_id(3)
+    begin(plan, ins, state)
+    chunks = [Chunk(plan, ins, i, head) for head in range(plan.M)]
+    held, before = [], []
+    for chunk in chunks:
+        key, v, kv, z = chunk.key(), chunk.values(), state["kv"][chunk.place], state["z"][chunk.place]
+        decay = decays(chunk.gates(), chunk.key_scales(key), state["m"][chunk.place])
+        with_q = stack(plan.dtype, (key.rows, 1), (kv.astype(plan.dtype).T, 1), (stacked(z), 3))
+        held.append(_Held(decay, with_q, v.T))
+        before.append((key, v, kv, z))
 
-    @pl.when(i == 0)
-    def _() -> None:
-        for name, ref in state.items():
-            ref[p] = ins[name][0, 0]
+    def query(place: int) -> Features:
+        return chunks[place // plan.R].query(place % plan.R)
 
-    chunk = Chunk(plan, ins, i)
-    key, v = chunk.key(), chunk.rows("v")
-    decay = decays(chunk.gates(), chunk.key_scales(key), state["m"][p])
-    kv, z = state["kv"][p], state["z"][p]
-    rounded, level = kv.astype(plan.dtype), row(decay.level)
-    for head in range(plan.R):
-        y, n = _read(decay, level, chunk.query(head), key.value, v, rounded, z, plan.normalize)
-        outs["y"][0, :, head * plan.H : (head + 1) * plan.H] = y.astype(plan.dtype)
-        outs["n"][0, head, 0] = n
-    state["kv"][p], state["z"][p] = advance(decay, key.value, v, kv, z)
-    state["m"][p] = decay.m
+    def meet(place: int, q: Features) -> tuple[Features, Array]:
+        return q, q.met_by(held[place // plan.R].with_q.value)
+
+    def read(place: int, met: tuple[Features, Array]) -> _Read:
+        return _read(held[place // plan.R], *met)
+
+    def write(place: int, read: _Read) -> None:
+        y, n = _output(held[place // plan.R].decay, read, plan.normalize)
+        outs["y"][0, :, place * plan.H : (place + 1) * plan.H] = y.astype(plan.dtype).T
+        outs["n"][0, place, 0] = n
+
+    staggered(plan.M * plan.R, query, meet, read, write)
+    after = [advance(of_head.decay, *of_state) for of_head, of_state in zip(held, before, strict=True)]
+    for chunk, of_head, (kv, z) in zip(chunks, held, after, strict=True):
+        state["kv"][chunk.place], state["z"][chunk.place], state["m"][chunk.place] = kv, z, of_head.decay.m
 
     @pl.when(i == plan.chunks - 1)
     def _() -> None:
         for name, ref in state.items():
-            outs[name][0, 0] = ref[p]
+            outs[name][0] = ref[pl.ds(turn * plan.M, plan.M)]
 
 
 def log_gate_states(plan: Plan, ins: dict, outs: dict, state: dict) -> None:
     """The state before a chunk."""
-    i, p = pl.program_id(2), pl.program_id(3)
-
-    @pl.when(i == 0)
-    def _() -> None:
+    begin(plan, ins, state)
+    for head in range(plan.M):
+        chunk = Chunk(plan, ins, pl.program_id(2), head)
+        p = chunk.place
         for name, ref in state.items():
-            ref[p] = ins[name][0, 0]
-
-    for name, ref in state.items():
-        outs[name][0, 0, 0] = ref[p]
-
-    chunk = Chunk(plan, ins, i)
-    key = chunk.key()
-    decay = decays(chunk.gates(), chunk.key_scales(key), state["m"][p])
-    before = state["kv"][p], state["z"][p]
-    state["kv"][p], state["z"][p] = advance(decay, key.value, chunk.rows("v"), *before, finely=True)
-    state["m"][p] = decay.m
+            outs[name][0, head, 0] = ref[p]
+        key = chunk.key()
+        decay = decays(chunk.gates(), chunk.key_scales(key), state["m"][p])
+        before = state["kv"][p], state["z"][p]
+        state["kv"][p], state["z"][p] = advance(decay, key, chunk.values(), *before, finely=True)
+        state["m"][p] = decay.m
 
 
 def forward(plan: Plan, arrays: dict[str, Array]) -> dict[str, Array]:
@@ -110,9 +128,9 @@ def forward(plan: Plan, arrays: dict[str, Array]) -> dict[str, Array]:
         arrays,
         inputs(plan, blocks) | {name: blocks.at_start(*shape) for name, shape in shapes.items()},
         outputs | {name: plan.shape(plan.B, plan.S, *shape) for name, shape in shapes.items()},
-        {"y": blocks.of_state_head(plan.R * plan.H), "n": blocks.row(plan.R)}
+        {"y": blocks.of_state_heads(plan.R * plan.H), "n": blocks.rows(plan.R)}
         | {name: blocks.at_end(*shape) for name, shape in shapes.items()},
-        {name: (plan.P, *shape) for name, shape in shapes.items()},
+        {name: (plan.turns * plan.M, *shape) for name, shape in shapes.items()},
     )
 
 
@@ -126,5 +144,5 @@ def states(plan: Plan, arrays: dict[str, Array]) -> dict[str, Array]:
         inputs(plan, blocks) | {name: blocks.at_start(*shape) for name, shape in shapes.items()},
         {name: plan.shape(plan.B, plan.S, plan.chunks, *shape) for name, shape in shapes.items()},
         {name: blocks.each_chunk(*shape) for name, shape in shapes.items()},
-        {name: (plan.P, *shape) for name, shape in shapes.items()},
+        {name: (plan.turns * plan.M, *shape) for name, shape in shapes.items()},
     )

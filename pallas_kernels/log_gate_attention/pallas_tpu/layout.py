@@ -1,7 +1,8 @@
-"""How the op's arrays lie in memory and are cut into blocks: one grid step is one chunk of one state head.
+"""How the op's arrays lie in memory and are cut into blocks: one grid step is one chunk of a few state heads.
 
-The grid is ``(B, K, chunks, P)``. Chunks follow one another, for each starts from the state that the last one left in
-VMEM; the ``P = S/K`` state heads of a key/value head take turns inside a chunk, so that its values are fetched once.
+The grid is ``(B, K/kv_heads, chunks, turns)``. Chunks follow one another, for each starts from the state that the last
+one left in VMEM; the ``P = S/K`` state heads of a key/value head take turns inside a chunk, so that its values are
+fetched once. A step has several state heads because one alone is a chain of operations that wait for each other.
 Token arrays are seen as ``[B, T, heads·width]``: a block is ``C`` tokens of the heads that share a state. Gates, key
 scales and log normalizers are rows, ``[B, heads, chunks, 1, C]``.
 """
@@ -45,6 +46,7 @@ class Plan:
         H: width of the values in memory, a multiple of 128.
         X: width of queries and keys in memory, a multiple of 128: ``F``, or that of raw ones where ``act`` is given.
         C: tokens of a chunk.
+        M: state heads of a grid step, of one key/value head or of as many.
         act: the feature map to compute inside.
         vmem: bytes of VMEM that a kernel may use.
     """
@@ -58,6 +60,7 @@ class Plan:
     H: int
     X: int
     C: int
+    M: int
     features: int
     dtype: jnp.dtype
     normalize: bool
@@ -81,6 +84,16 @@ class Plan:
         return self.N // self.K
 
     @property
+    def kv_heads(self) -> int:
+        """Key/value heads of a grid step."""
+        return self.M if self.P == 1 else 1
+
+    @property
+    def turns(self) -> int:
+        """Grid steps that a chunk takes for the state heads of its key/value heads."""
+        return self.P * self.kv_heads // self.M
+
+    @property
     def chunks(self) -> int:
         return -(-self.T // self.C)
 
@@ -88,13 +101,13 @@ class Plan:
     def needs(self) -> int:
         """Bytes of VMEM that the backward kernel takes, the largest of them, judged from what the compiler reports.
 
-        Its token blocks, two of each, and what is computed from them in fp32; then what it holds for all chunks.
+        Its token blocks, two of each, what it holds for all chunks, and intermediate results of a step's state heads.
         """
         itemsize = jnp.dtype(self.dtype).itemsize
-        tokens = 2 * self.C * self.R * (2 * self.X + self.H) * itemsize
-        states = (self.P + 6) * self.F * self.H * 4
-        maps = (self.G + self.P) * self.X * self.F * 2 * (itemsize + 4) if self.act else 0
-        return 5 * tokens + states + maps
+        tokens = 2 * self.C * self.M * self.R * (2 * self.X + self.H) * itemsize
+        states = (self.turns + 18 + 4 * itemsize) * self.M * self.F * self.H * 4
+        maps = self.kv_heads * (self.G + self.P) * self.X * self.F * 2 * (itemsize + 4) if self.act else 0
+        return 5 * tokens // 2 + states + maps + 2**20
 
     def shape(self, *shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -104,19 +117,24 @@ def plan_call(problem: Problem, target: Target, normalize: bool, chunk: int) -> 
     """How to compute a problem; None where even the shortest chunk needs more VMEM than there is.
 
     A chunk has 128 tokens, the width of a matrix unit, if the sequence and the hint ``chunk`` are no shorter and VMEM
-    has the room. Hints of 64 and more stand for 128: shorter chunks take as many passes of the matrix unit.
+    has the room. Hints of 64 and more stand for 128: shorter chunks take as many passes of the matrix unit. Up to four
+    state heads, with up to 16 query heads, take a step together; by the compiler's schedules more gain little more.
     """
     width = problem.F if problem.width is None else problem.width
+    largest = min(LARGEST_CHUNK if 2 * chunk >= LARGEST_CHUNK else round_up(chunk, 16), round_up(problem.T, 16))
     plan = Plan(
         B=problem.B, T=problem.T, N=problem.N, S=problem.S, K=problem.K,
-        F=round_up(problem.F, LANES), H=round_up(problem.H, LANES), X=round_up(width, LANES),
-        C=min(LARGEST_CHUNK if 2 * chunk >= LARGEST_CHUNK else round_up(chunk, 16), round_up(problem.T, 16)),
+        F=round_up(problem.F, LANES), H=round_up(problem.H, LANES), X=round_up(width, LANES), C=largest, M=1,
         features=problem.F, dtype=problem.dtype, normalize=normalize, act=problem.act,
         vmem=VMEM.get(target.chip or "", LARGE_VMEM), interpret=target.interpret,
     )  # fmt: skip
-    while plan.needs > plan.vmem and plan.C > 16:
-        plan = dataclasses.replace(plan, C=round_up(plan.C // 2, 16))
-    return plan if plan.needs <= plan.vmem else None
+    together = problem.K if plan.P == 1 else plan.P
+    for C in sorted({round_up(largest >> halved, 16) for halved in range(4)}, reverse=True):
+        for M in (4, 3, 2, 1):
+            fitting = dataclasses.replace(plan, C=C, M=M)
+            if together % M == 0 and (M == 1 or M * plan.R <= 16) and fitting.needs <= plan.vmem:
+                return fitting
+    return None
 
 
 def widen(x: Float[Array, "B T heads width"], width: int) -> Float[Array, "B T lanes"]:
@@ -130,11 +148,11 @@ def narrow(x: Float[Array, "B T lanes"], heads: int, width: int) -> Float[Array,
     return x.reshape(*x.shape[:2], heads, -1)[..., :width]
 
 
-def both_halves(weights: Float[Array, "heads X half"], X: int, F: int) -> Float[Array, "heads X F"]:
-    """A feature map and its negative side by side in fp32, filled with zeros to ``[heads, X, F]``."""
-    weights = weights.astype(jnp.float32)
-    weights = jnp.concatenate([weights, -weights], -1)
-    return jnp.pad(weights, ((0, 0), (0, X - weights.shape[1]), (0, F - weights.shape[2])))
+def both_halves(weights: Float[Array, "heads X half"], X: int, F: int) -> Float[Array, "heads F X"]:
+    """A feature map and below it its negative in fp32, features as rows, filled with zeros to ``[heads, F, X]``."""
+    weights = jnp.moveaxis(weights.astype(jnp.float32), 1, 2)
+    weights = jnp.concatenate([weights, -weights], 1)
+    return jnp.pad(weights, ((0, 0), (0, F - weights.shape[1]), (0, X - weights.shape[2])))
 
 
 def to_rows(x: Float[Array, "B T heads"], chunk: int, fill: float) -> Float[Array, "B heads chunks 1 C"]:
@@ -155,7 +173,7 @@ def gate_rows(plan: Plan, g: Float[Array, "B T S"], c: Float[Array, "B T S"]):
 
 
 class Blocks:
-    """What a grid step ``(batch, key/value head, chunk, state head within it)`` reads or writes of each kind of array.
+    """What a grid step ``(batch, key/value heads, chunk, turn)`` reads or writes of each kind of array.
 
     ``reverse`` goes from the last chunk to the first.
     """
@@ -165,56 +183,66 @@ class Blocks:
         self._reverse = reverse
 
     def _spec(self, shape: tuple[int, ...], index: Callable) -> pl.BlockSpec:
-        last, P = self._plan.chunks - 1, self._plan.P
+        last, turns = self._plan.chunks - 1, self._plan.turns
 
-        def place(b, k, i, p):
-            return index(b, k, last - i if self._reverse else i, k * P + p)
+        def place(b, k, i, turn):
+            return index(b, k, last - i if self._reverse else i, k * turns + turn)
 
         return pl.BlockSpec(shape, place)
 
-    def of_state_head(self, width: int) -> pl.BlockSpec:
+    def of_state_heads(self, width: int) -> pl.BlockSpec:
         """The chunk's tokens, of ``[B, T, S·width]``."""
-        return self._spec((1, self._plan.C, width), lambda b, k, i, s: (b, i, s))
+        return self._spec((1, self._plan.C, self._plan.M * width), lambda b, k, i, s: (b, i, s))
 
-    def of_kv_head(self, width: int) -> pl.BlockSpec:
+    def of_kv_heads(self, width: int) -> pl.BlockSpec:
         """The chunk's tokens, of ``[B, T, K·width]``."""
-        return self._spec((1, self._plan.C, width), lambda b, k, i, s: (b, i, k))
+        return self._spec((1, self._plan.C, self._plan.kv_heads * width), lambda b, k, i, s: (b, i, k))
 
-    def row(self, heads: int) -> pl.BlockSpec:
+    def rows(self, heads: int) -> pl.BlockSpec:
         """The chunk's rows, of ``[B, S·heads, chunks, 1, C]``."""
-        return self._spec((1, heads, 1, 1, self._plan.C), lambda b, k, i, s: (b, s, i, 0, 0))
+        return self._spec((1, self._plan.M * heads, 1, 1, self._plan.C), lambda b, k, i, s: (b, s, i, 0, 0))
 
     def each_chunk(self, *shape: int) -> pl.BlockSpec:
-        """What a state head has for each chunk, of ``[B, S, chunks, *shape]``."""
-        return self._spec((1, 1, 1, *shape), lambda b, k, i, s: (b, s, i, 0, 0))
+        """What state heads have for each chunk, of ``[B, S, chunks, *shape]``."""
+        return self._spec((1, self._plan.M, 1, *shape), lambda b, k, i, s: (b, s, i, 0, 0))
 
     def at_start(self, *shape: int) -> pl.BlockSpec:
-        """What a state head has once, of ``[B, S, *shape]``, held while the first chunk is computed.
+        """What state heads have once, of ``[B, S, *shape]``, held while the first chunk is computed.
 
         The block stays where it was afterwards, so that it is not fetched again.
         """
-        P = self._plan.P
-        return pl.BlockSpec((1, 1, *shape), lambda b, k, i, p: (b, k * P + jnp.where(i == 0, p, P - 1), 0, 0))
+        turns = self._plan.turns
+
+        def place(b, k, i, turn):
+            return b, k * turns + jnp.where(i == 0, turn, turns - 1), 0, 0
+
+        return pl.BlockSpec((1, self._plan.M, *shape), place)
 
     def at_end(self, *shape: int) -> pl.BlockSpec:
-        """The same, held while the last chunk is computed, and before that where the first head's will be written."""
-        P, last = self._plan.P, self._plan.chunks - 1
-        return pl.BlockSpec((1, 1, *shape), lambda b, k, i, p: (b, k * P + jnp.where(i == last, p, 0), 0, 0))
+        """The same, held while the last chunk is computed, and before that where the first heads' will be written."""
+        turns, last = self._plan.turns, self._plan.chunks - 1
+
+        def place(b, k, i, turn):
+            return b, k * turns + jnp.where(i == last, turn, 0), 0, 0
+
+        return pl.BlockSpec((1, self._plan.M, *shape), place)
 
     def maps(self, heads: int) -> pl.BlockSpec:
-        """The feature maps of a key/value head, of ``[K·heads, X, F]``, held for all chunks."""
-        return pl.BlockSpec((heads, self._plan.X, self._plan.F), lambda b, k, i, p: (k, 0, 0))
+        """The feature maps of key/value heads, of ``[K·heads, F, X]``, held for all chunks."""
+        plan = self._plan
+        return pl.BlockSpec((plan.kv_heads * heads, plan.F, plan.X), lambda b, k, i, turn: (k, 0, 0))
 
     def map_gradients(self, heads: int) -> pl.BlockSpec:
-        """The same of ``[B, K·heads, X, F]``."""
-        return pl.BlockSpec((1, heads, self._plan.X, self._plan.F), lambda b, k, i, p: (b, k, 0, 0))
+        """The same of ``[B, K·heads, F, X]``."""
+        plan = self._plan
+        return pl.BlockSpec((1, plan.kv_heads * heads, plan.F, plan.X), lambda b, k, i, turn: (b, k, 0, 0))
 
 
 def call(plan: Plan, kernel: Callable, inputs: dict, in_specs: dict, outputs: dict, out_specs: dict, scratch: dict):
     """Run ``kernel(inputs, outputs, scratch)``, each a dict of refs, over the grid; a dict of what it wrote."""
     (written,) = pl.pallas_call(
         kernel,
-        grid=(plan.B, plan.K, plan.chunks, plan.P),
+        grid=(plan.B, plan.K // plan.kv_heads, plan.chunks, plan.turns),
         in_specs=({name: in_specs[name] for name in inputs},),
         out_specs=(out_specs,),
         out_shape=(outputs,),
