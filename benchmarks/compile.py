@@ -1,4 +1,4 @@
-"""Every kernel compiled for every chip it is for, without the chip: on-chip memory, registers and spills.
+"""Every kernel compiled for every chip it is for, without the chip: on-chip memory, registers, spills, TPU schedules.
 
     python benchmarks/compile.py [--only WORD …]
 
@@ -11,9 +11,12 @@ kernel; with ``--only`` it prints alone. Exits 1 if anything does not compile or
 allotted, of which a core has 64 (none where the compiler saw no shortage). ``spills`` are the bytes stored and loaded
 for want of registers, each instruction of the program counted once: a thread's on a GPU, a core's on a TPU. A TPU
 kernel works on blocks larger than its registers and keeps them in VMEM, one load away: spills there are usual, and a
-cost, not a failure. ``traffic`` is of the whole pass: bytes of device memory moved over compulsory bytes, where kernels
-and what XLA adds around them read operands and write results once, and compulsory are arguments and results. Batch 1:
-there the Triton kernels split the sequence and keep states in device memory, which a full card spares them.
+cost, not a failure. It is in ``bundles``, the instruction words of a grid step as the compiler scheduled them, one a
+cycle: times the ``steps`` of the grid they are the cycles of a call that never waits for memory.
+
+``traffic`` is of the whole pass: bytes of device memory moved over compulsory bytes, where kernels and what XLA adds
+around them read operands and write results once, and compulsory are arguments and results. Batch 1: there the Triton
+kernels split the sequence and keep states in device memory, which a full card spares them.
 """
 
 from __future__ import annotations
@@ -51,14 +54,16 @@ def rows_of(gate: Gate) -> list[dict]:
     memory = "vmem" if gate.chip in TPUS else "shared"
     of_pass = {"traffic": round(compiled.traffic, 2), "seconds": seconds}
     return [
-        {**row, "name": k.name, memory: k.memory, "registers": k.registers, "spills": k.spills, **of_pass}
+        {**row, "name": k.name, memory: k.memory, "registers": k.registers, "spills": k.spills}
+        | ({"bundles": k.bundles, "steps": k.steps} if memory == "vmem" else {})
+        | of_pass
         for k in compiled.kernels
     ]
 
 
 def table(rows: list[dict]) -> str:
     """One line per row."""
-    heads = ["kernel", "pass", "F", "target", "name", "memory", "registers", "spills", "traffic"]
+    heads = ["kernel", "pass", "F", "target", "name", "memory", "registers", "spills", "bundles", "steps", "traffic"]
     lines = [heads]
     for row in rows:
         memory = row.get("vmem", row.get("shared"))
@@ -66,7 +71,8 @@ def table(rows: list[dict]) -> str:
         if "error" in row:
             told.append(row["error"])
         else:
-            told += [row["name"], memory, row["registers"], row["spills"], row["traffic"]]
+            told += [row["name"], memory, row["registers"], row["spills"]]
+            told += [row.get("bundles"), row.get("steps"), row["traffic"]]
         lines.append(["" if cell is None else str(cell) for cell in told])
     widths = [max(len(line[i]) for line in lines if len(line) == len(heads)) for i in range(len(heads))]
     return "\n".join(

@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.experimental import topologies
+from jax.extend.core import subjaxprs
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 from pallas_kernels import target
 
 if TYPE_CHECKING:
+    from jax.extend.core import Jaxpr
     from jaxtyping import PyTree
 
 TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -76,14 +78,19 @@ class Kernel:
             has 64.
         spills: bytes stored to and loaded from memory for want of registers, each instruction of the program counted
             once. GPU: what ptxas says, for a thread. TPU: spill slots in VMEM, 4 KiB for a vector register.
+        steps: TPU: of the grid.
+        bundles: TPU: instruction words of one step with all its branches, as many cycles where nothing is waited for.
 
-    ``registers`` and ``spills`` are None where something else loaded the TPU compiler before: it keeps its notes then.
+    ``registers``, ``spills`` and ``bundles`` are None where something else loaded the TPU compiler before: it keeps its
+    notes then.
     """
 
     name: str
     memory: int
     registers: int | None
     spills: int | None
+    steps: int | None = None
+    bundles: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +143,8 @@ def compile_for(chip: str, function: Callable, *arguments: PyTree[jax.ShapeDtype
         for note in (notes := _tpu_notes()).iterdir():
             note.unlink()
         executable = lowered.compile()
-        return Compiled(chip, tuple(_mosaic_kernels(executable.as_text() or "", notes)), executable)
+        kernels = _mosaic_kernels(executable.as_text() or "", notes, dict(_grids(traced.jaxpr.jaxpr)))
+        return Compiled(chip, tuple(kernels), executable)
     with tempfile.TemporaryDirectory() as dump:
         executable = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_emitter_re": "^ptx$"})
         kernels = (*_jax_triton_kernels(chip, lowered), *_pallas_triton_kernels(lowered, Path(dump)))
@@ -247,10 +255,19 @@ def _ptxas() -> str:
 # --- what they say ----------------------------------------------------------------------------------------------------
 
 
-def _mosaic_kernels(hlo: str, notes: Path) -> Iterator[Kernel]:
+def _grids(jaxpr: Jaxpr) -> Iterator[tuple[str, int]]:
+    """Name and number of steps of each Pallas call, in any function and loop."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation.params["name"], math.prod(equation.params["grid_mapping"].grid)
+    for inner in subjaxprs(jaxpr):
+        yield from _grids(inner)
+
+
+def _mosaic_kernels(hlo: str, notes: Path, steps: dict[str, int]) -> Iterator[Kernel]:
     """Of a compiled TPU module: each Mosaic call carries the scoped memory (space 1, VMEM) that it was given.
 
-    Calls of one program share it, and the compiler notes it under one of their names.
+    Calls of one program share it, and the compiler notes it under one of their names. ``steps`` are by name.
     """
     noted = any(notes.iterdir())
     for call in re.findall(r'^.*custom_call_target="tpu_custom_call".*$', hlo, re.MULTILINE):
@@ -264,11 +281,15 @@ def _mosaic_kernels(hlo: str, notes: Path) -> Iterator[Kernel]:
         wanted = re.search(r"Register pressure for vregs is (\d+)", pressure)
         vectors = len(re.findall(r"v(?:st|ld) \[vmem:\[#allocation\d+_spill", program))
         scalars = len(re.findall(r"s(?:st|ld) \[smem:\[#allocation\d+_spill", program))
+        bundles = len(re.findall(r"^ *0x\w+ +(?:\w\w)?: +>", program, re.MULTILINE))  # marked as inside of a loop
+        name = re.sub(r"^(?:transpose_)?jvp_(\w+?)_+$", r"\1", name)  # without the marks of the transformation
         yield Kernel(
-            re.sub(r"^(?:transpose_)?jvp_(\w+?)_+$", r"\1", name),  # without the marks of the transformation
+            name,
             memory=sum(map(int, sizes)),
             registers=int(wanted[1]) if wanted else None,
             spills=4096 * vectors + 4 * scalars if noted else None,
+            steps=steps[name],
+            bundles=bundles if noted else None,
         )
 
 

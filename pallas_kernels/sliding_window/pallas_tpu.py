@@ -12,7 +12,7 @@ that no later query meets, and carries the rest.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import target
 from pallas_kernels.sliding_window.problem import ABSENT, Implementation, Problem, differentiable
 from pallas_kernels.sliding_window.rope import tables
+from pallas_kernels.staggered import staggered
 
 if TYPE_CHECKING:
     from jax import Array
@@ -150,8 +151,16 @@ def _turn(x: Array, turns: list[Any], rows: slice, back: bool = False) -> Array:
     return x * cos - other if back else x * cos + other
 
 
-def _tile(layout: _Layout, q_segments, k_segments, r: int) -> tuple[slice, slice, Array]:
-    """Rows of tile r in the block, its keys in the slab, and which meet, ``[keys, TILE]``."""
+class _Tile(NamedTuple):
+    """Its queries in the block, its keys in the slab, and which meet, ``[keys, TILE]``."""
+
+    queries: slice
+    keys: slice
+    met: Array
+
+
+def _tile(layout: _Layout, q_segments, k_segments, r: int) -> _Tile:
+    """Tile r of the block."""
     keys = slice(r * TILE, r * TILE + TILE + layout.span)
     rows = slice(r * TILE, r * TILE + TILE)
     shape = (TILE + layout.span, TILE)
@@ -159,7 +168,7 @@ def _tile(layout: _Layout, q_segments, k_segments, r: int) -> tuple[slice, slice
     of_query = q_segments[:, rows]
     of_key = jnp.broadcast_to(k_segments[:, keys], shape[::-1]).T
     near = (ahead > layout.span - layout.window) & (ahead <= layout.span)
-    return rows, keys, near & (of_key == of_query) & (of_query != 0)
+    return _Tile(rows, keys, near & (of_key == of_query) & (of_query != 0))
 
 
 def _dots(precision: lax.Precision):
@@ -180,25 +189,39 @@ def _precision(dtype: jnp.dtype) -> lax.Precision:
 
 def _window_forward(layout: _Layout, turned: bool, sink, *refs):
     turns, (q_segments, k_segments, q, k, v, y, n) = list(refs[: 2 * turned]), refs[2 * turned :]
-    a_bt, at_b, _ = _dots(_precision(q.dtype))
+    a_bt, _, a_b = _dots(_precision(q.dtype))
     scale, width, head = layout.H**-0.5, layout.width, pl.program_id(1)
     slab = _turn(k[...].astype(jnp.float32), turns, slice(None)).astype(k.dtype)
-    for r in range(layout.block // TILE):
-        rows, keys, met = _tile(layout, q_segments, k_segments, r)
+    values = v[...].T
+    tiles = [_tile(layout, q_segments, k_segments, r) for r in range(layout.block // TILE)]
+
+    def query(item: int) -> Array:
+        r, g = divmod(item, layout.G)
         here = slice(layout.span + r * TILE, layout.span + r * TILE + TILE)
-        for g in range(layout.G):
-            query = _turn(q[rows, g * width : (g + 1) * width].astype(jnp.float32), turns, here).astype(q.dtype)
-            s = jnp.where(met, a_bt(slab[keys], query) * scale, ABSENT)
-            logit = jnp.where(q_segments[:, rows] != 0, sink[head, g], ABSENT)
-            top = jnp.maximum(jnp.max(s, axis=0, keepdims=True), logit)
-            top = jnp.maximum(top, 0.1 * ABSENT)  # so that what is absent weighs 0 where all is
-            weights = jnp.exp(s - top)
-            total = jnp.sum(weights, axis=0, keepdims=True) + jnp.exp(logit - top)
-            there = total > 0
-            total = jnp.where(there, total, 1.0)
-            p = (weights * (1.0 / total)).astype(v.dtype)
-            y[rows, g * width : (g + 1) * width] = at_b(p, v[keys, :]).astype(y.dtype)
-            n[g : g + 1, rows] = jnp.where(there, top + jnp.log(total), ABSENT)
+        raw = q[tiles[r].queries, g * width : (g + 1) * width].astype(jnp.float32)
+        return _turn(raw, turns, here).astype(q.dtype)
+
+    def meet(item: int, query: Array) -> Array:
+        return a_bt(slab[tiles[item // layout.G].keys], query)
+
+    def weigh(item: int, s: Array) -> tuple[Array, Array, Array]:
+        tile, g = tiles[item // layout.G], item % layout.G
+        s = jnp.where(tile.met, s * scale, ABSENT)
+        logit = jnp.where(q_segments[:, tile.queries] != 0, sink[head, g], ABSENT)
+        top = jnp.maximum(jnp.max(s, axis=0, keepdims=True), logit)
+        top = jnp.maximum(top, 0.1 * ABSENT)  # so that what is absent weighs 0 where all is
+        weights = jnp.exp(s - top)
+        total = jnp.sum(weights, axis=0, keepdims=True) + jnp.exp(logit - top)
+        return a_b(values[:, tile.keys], weights.astype(v.dtype)), top, total
+
+    def write(item: int, read: tuple[Array, Array, Array]) -> None:
+        tile, g = tiles[item // layout.G], item % layout.G
+        (num, top, total), there = read, read[2] > 0
+        total = jnp.where(there, total, 1.0)
+        y[tile.queries, g * width : (g + 1) * width] = (num * (1.0 / total)).astype(y.dtype).T
+        n[g : g + 1, tile.queries] = jnp.where(there, top + jnp.log(total), ABSENT)
+
+    staggered(len(tiles) * layout.G, query, meet, weigh, write)
 
 
 def _window_backward(layout: _Layout, turned: bool, sink, *refs):
@@ -216,23 +239,40 @@ def _window_backward(layout: _Layout, turned: bool, sink, *refs):
     def _():
         slab = _turn(k[...].astype(jnp.float32), turns, slice(None)).astype(k.dtype)
         dk_slab[...] = jnp.zeros_like(dk_slab)
-        for r in range(layout.block // TILE):
-            rows, keys, met = _tile(layout, q_segments, k_segments, r)
-            here = slice(layout.span + r * TILE, layout.span + r * TILE + TILE)
-            for g in range(layout.G):
-                lanes = slice(g * width, (g + 1) * width)
-                query = _turn(q[rows, lanes].astype(jnp.float32), turns, here).astype(q.dtype)
-                normalizer, cotangent = n[g : g + 1, rows], dy[rows, lanes]
-                s = a_bt(slab[keys], query) * scale
-                p = jnp.where(met, jnp.exp(s - normalizer), 0.0)
-                dp = a_bt(v[keys, :], cotangent)
-                gain = dn[g : g + 1, rows] - jnp.sum(p * dp, axis=0, keepdims=True)
-                ds = (p * (dp + gain)).astype(q.dtype)
-                dq[rows, lanes] = _turn(at_b(ds, slab[keys]) * scale, turns, here, back=True).astype(dq.dtype)
-                dk_slab[keys, :] += a_b(ds, query)
-                dv_sum[keys, :] += a_b(p.astype(q.dtype), cotangent)
-                share = jnp.where(normalizer > 0.1 * ABSENT, jnp.exp(sink[head, g] - normalizer), 0.0)
-                dsink[g : g + 1, rows] = share * gain
+        tiles = [_tile(layout, q_segments, k_segments, r) for r in range(layout.block // TILE)]
+
+        def place(item: int) -> tuple[_Tile, int, slice, slice]:
+            r, g = divmod(item, layout.G)
+            start = layout.span + r * TILE
+            return tiles[r], g, slice(g * width, (g + 1) * width), slice(start, start + TILE)
+
+        def query(item: int) -> Array:
+            tile, _, lanes, here = place(item)
+            return _turn(q[tile.queries, lanes].astype(jnp.float32), turns, here).astype(q.dtype)
+
+        def meet(item: int, query: Array) -> tuple[Array, Array, Array, Array]:
+            tile, _, lanes, _ = place(item)
+            cotangent = dy[tile.queries, lanes]
+            return query, cotangent, a_bt(slab[tile.keys], query), a_bt(v[tile.keys, :], cotangent)
+
+        def turn_back(item: int, met: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array]:
+            (tile, g, _, _), (query, cotangent, s, dp) = place(item), met
+            normalizer = n[g : g + 1, tile.queries]
+            p = jnp.where(tile.met, jnp.exp(s * scale - normalizer), 0.0)
+            gain = dn[g : g + 1, tile.queries] - jnp.sum(p * dp, axis=0, keepdims=True)
+            ds = (p * (dp + gain)).astype(q.dtype)
+            share = jnp.where(normalizer > 0.1 * ABSENT, jnp.exp(sink[head, g] - normalizer), 0.0)
+            dsink[g : g + 1, tile.queries] = share * gain
+            return at_b(ds, slab[tile.keys]), a_b(ds, query), a_b(p.astype(q.dtype), cotangent)
+
+        def add(item: int, grads: tuple[Array, Array, Array]) -> None:
+            tile, _, lanes, here = place(item)
+            of_q, of_k, of_v = grads
+            dq[tile.queries, lanes] = _turn(of_q * scale, turns, here, back=True).astype(dq.dtype)
+            dk_slab[tile.keys, :] += of_k
+            dv_sum[tile.keys, :] += of_v
+
+        staggered(len(tiles) * layout.G, query, meet, turn_back, add)
         dk_sum[...] += _turn(dk_slab[...] * scale, turns, slice(None), back=True)
 
     # No later query meets the first block of the slab; the rest is the start of the next one.

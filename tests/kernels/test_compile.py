@@ -69,12 +69,16 @@ def compile_toy(chip: str, size: int, rounds: int, backend=None) -> Kernel:
 
 
 @needs("tpu")
-def test_vmem_and_spills_of_a_tpu_kernel_grow_with_what_it_holds():
+def test_vmem_spills_and_bundles_of_a_tpu_kernel_grow_with_what_it_does():
     few, many = (compile_toy("v5e", 128, rounds) for rounds in (1, 8))
     assert few.name == "toy"
     assert few.memory >= 4 * 128 * 128 * 2  # two buffers for x and two for the result
     assert few.spills < 128 * 128 * 4 < many.spills
     assert many.registers > 64
+    assert few.steps == many.steps == (1 << 20) // 128
+    # A core multiplies four rows a cycle at most, and a product has 128.
+    assert 32 <= few.bundles < many.bundles
+    assert 8 * 32 <= many.bundles < 8 * few.bundles
 
 
 @needs("gpu")

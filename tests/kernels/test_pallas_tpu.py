@@ -52,6 +52,26 @@ def test_a_chunk_fits_the_matrix_unit_the_sequence_and_vmem(asked, hint, chunk):
     assert chunk == plan.C
 
 
+@pytest.mark.parametrize(
+    ("N", "K", "S", "chip", "together"),
+    [
+        (32, 8, 8, "v5e", 4),
+        (32, 8, 32, "v5e", 4),
+        (32, 4, 4, "v5e", 2),  # 16 query heads
+        (24, 6, 6, "v5e", 3),
+        (20, 5, 5, "v5e", 1),
+        (8, 2, 2, "v5e", 2),
+        (8, 2, 2, "v5p", 1),  # the other one is for its second core
+    ],
+)
+def test_state_heads_take_steps_together_while_every_core_has_work(N, K, S, chip, together):
+    asked = Problem(1, 2048, N, S, K, 128, 128, jnp.dtype("bfloat16"))
+    plan = plan_call(asked, Target("tpu", chip), normalize=True, chunk=64)
+    assert plan is not None
+    assert together == plan.M
+    assert plan.turns * plan.M == S // K * plan.kv_heads
+
+
 def test_what_it_cannot_run_is_told_in_one_line():
     fits = problem(2048, 8, 256)
     assert cannot_run(fits, V5E) is None

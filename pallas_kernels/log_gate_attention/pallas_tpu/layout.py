@@ -31,6 +31,7 @@ LARGEST_CHUNK = 128
 # Of a core's VMEM, 16 MiB on v4 and at least 64 MiB later, what a kernel may have beside XLA.
 VMEM = {"v4": 12 * 2**20}
 LARGE_VMEM = 48 * 2**20
+CORES = {"v4": 2, "v5p": 2}  # that share the grid's first two axes; of other chips one
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -118,7 +119,8 @@ def plan_call(problem: Problem, target: Target, normalize: bool, chunk: int) -> 
 
     A chunk has 128 tokens, the width of a matrix unit, if the sequence and the hint ``chunk`` are no shorter and VMEM
     has the room. Hints of 64 and more stand for 128: shorter chunks take as many passes of the matrix unit. Up to four
-    state heads, with up to 16 query heads, take a step together; by the compiler's schedules more gain little more.
+    state heads, with up to 16 query heads, take a step together while every core of the chip has work; more would gain
+    little, by the compiler's schedules.
     """
     width = problem.F if problem.width is None else problem.width
     largest = min(LARGEST_CHUNK if 2 * chunk >= LARGEST_CHUNK else round_up(chunk, 16), round_up(problem.T, 16))
@@ -128,11 +130,13 @@ def plan_call(problem: Problem, target: Target, normalize: bool, chunk: int) -> 
         features=problem.F, dtype=problem.dtype, normalize=normalize, act=problem.act,
         vmem=VMEM.get(target.chip or "", LARGE_VMEM), interpret=target.interpret,
     )  # fmt: skip
-    together = problem.K if plan.P == 1 else plan.P
+    cores = CORES.get(target.chip or "", 1)
     for C in sorted({round_up(largest >> halved, 16) for halved in range(4)}, reverse=True):
         for M in (4, 3, 2, 1):
             fitting = dataclasses.replace(plan, C=C, M=M)
-            if together % M == 0 and (M == 1 or M * plan.R <= 16) and fitting.needs <= plan.vmem:
+            divides = (plan.K if plan.P == 1 else plan.P) % M == 0
+            busy = plan.B * plan.K // fitting.kv_heads >= cores
+            if fitting.needs <= plan.vmem and (M == 1 or (divides and busy and M * plan.R <= 16)):
                 return fitting
     return None
 
