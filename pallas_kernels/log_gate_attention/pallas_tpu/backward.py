@@ -111,10 +111,10 @@ def _of_gates(exponent: Float[Array, "C C"], since: Float[Array, "1 C"]) -> Floa
     The difference of sums over keys and over queries is the same number, lost to rounding where gates forget hard.
     """
     C = since.shape[1]
-    row, column = places(C)
-    from_there = jnp.where(row >= column, 1.0, 0.0).astype(jnp.bfloat16)
+    i, t = places(C)
+    from_there = jnp.where(i >= t, 1.0, 0.0).astype(jnp.bfloat16)
     sums = dot_exactly(jnp.concatenate([exponent, stacked(since)], 0), from_there)
-    return jnp.sum(jnp.where(row < column, sums[:C], 0.0), 0, keepdims=True) + sums[C : C + 1]
+    return jnp.sum(jnp.where(i < t, sums[:C], 0.0), 0, keepdims=True) + sums[C : C + 1]
 
 
 def log_gate_backward(plan: Plan, ins: dict, outs: dict, sums: dict) -> None:

@@ -48,7 +48,7 @@ class Features(NamedTuple):
 
     @property
     def _turned(self) -> Array:
-        """Interpreted on a CPU it stays where it is: XLA would move it into a bf16 matmul that it cannot run."""
+        """Transposed. Interpreted on a CPU, XLA would make it part of a bf16 matmul, which it then cannot run."""
         return jax.lax.optimization_barrier(self.value.T) if self.plan.interpret else self.value.T
 
     def met_by(self, x: Float[Array, "rows F"]) -> Float[Array, "rows C"]:
