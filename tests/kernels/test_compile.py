@@ -27,6 +27,15 @@ GATES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def as_users_compile():
+    """Kernels are compiled in earnest, whatever other tests can do without."""
+    chosen = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", chosen)
+
+
 def needs(platform: str):
     """The test extra has them all; a machine with JAX and pytest alone says what it leaves out."""
     missing = [tool for tool in TOOLS[platform] if importlib.util.find_spec(tool) is None]
