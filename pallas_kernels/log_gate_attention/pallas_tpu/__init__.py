@@ -14,12 +14,15 @@ from pallas_kernels.log_gate_attention.pallas_tpu import forward as forward_pass
 from pallas_kernels.log_gate_attention.pallas_tpu.layout import (
     LANES,
     Plan,
-    both_halves,
     from_rows,
     gate_rows,
     narrow,
+    narrow_features,
     plan_call,
+    turned,
+    turned_back,
     widen,
+    widen_features,
 )
 from pallas_kernels.log_gate_attention.problem import Implementation, Problem
 from pallas_kernels.log_gate_attention.state import LinearState
@@ -33,14 +36,15 @@ if TYPE_CHECKING:
 TOO_LARGE = "the heads that share a state are too many or too wide for a TPU's VMEM"
 
 
-def _cast_maps(plan: Plan, arrays: dict[str, Array]) -> dict[str, Array]:
-    return {name: x.astype(plan.dtype) if name.endswith("_map") else x for name, x in arrays.items()}
+def _turn_maps(plan: Plan, arrays: dict[str, Array]) -> dict[str, Array]:
+    """In the kernels' dtype and layout; rounded first, for what is turned then is half the size."""
+    return {name: turned(plan, x.astype(plan.dtype)) if name.endswith("_map") else x for name, x in arrays.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(plan: Plan, arrays: dict[str, Array]) -> dict[str, Array]:
-    """Inputs and outputs in the kernels' layout, by name; maps are fp32, and so are their cotangents."""
-    return forward_pass.forward(plan, _cast_maps(plan, arrays))
+    """Inputs and outputs in the kernels' layout, by name, but for the maps, which are as given."""
+    return forward_pass.forward(plan, _turn_maps(plan, arrays))
 
 
 def _run_fwd(plan: Plan, arrays: dict[str, Array]):
@@ -48,11 +52,14 @@ def _run_fwd(plan: Plan, arrays: dict[str, Array]):
 
 
 def _run_bwd(plan: Plan, arrays: dict[str, Array], cotangents: dict[str, Array]):
-    inputs = _cast_maps(plan, arrays)
+    inputs = _turn_maps(plan, arrays)
     starts = forward_pass.states(plan, inputs)
     cotangents = {f"d{name}": x for name, x in cotangents.items() if name != "m"}
     grads = backward_pass.backward(plan, inputs, starts, cotangents)
-    grads |= {name: jnp.sum(x, 0) for name, x in grads.items() if name.endswith("_map")}
+    for name in grads:
+        if name.endswith("_map"):
+            _, X, E = arrays[name].shape
+            grads[name] = turned_back(jnp.sum(grads[name], 0), X, E).astype(arrays[name].dtype)
     return (grads | {"m": jnp.zeros_like(arrays["m"])},)
 
 
@@ -67,17 +74,17 @@ def _attend(
     plan = plan_call(problem, targets.current(), normalize, chunk)
     if plan is None:
         raise ValueError(TOO_LARGE)
-    F, H_wide = plan.F, plan.H
     g, c = gate_rows(plan, g, c)
     arrays = {
-        "q": widen(q, plan.X), "k": widen(k, plan.X), "v": widen(v, H_wide), "g": g, "c": c,
-        "kv": jnp.pad(state.kv, ((0, 0), (0, 0), (0, F - features), (0, H_wide - H))),
-        "z": jnp.pad(state.z, ((0, 0), (0, 0), (0, F - features)))[:, :, None],
+        "q": widen(q, plan.X), "k": widen(k, plan.X), "v": widen(v, plan.H), "g": g, "c": c,
+        "kv": jnp.pad(widen_features(plan, state.kv), ((0, 0), (0, 0), (0, 0), (0, plan.H - H))),
+        "z": widen_features(plan, state.z)[:, :, None],
         "m": state.m[..., None, None],
-        **{name: both_halves(weights, plan.X, F) for name, weights in maps.items()},
+        **maps,
     }  # fmt: skip
     out: dict[str, Array] = _run(plan, arrays)
-    final = LinearState(out["kv"][:, :, :features, :H], out["z"][:, :, 0, :features], out["m"][:, :, 0, 0])
+    kv, z = narrow_features(plan, out["kv"][..., :H]), narrow_features(plan, out["z"][:, :, 0])
+    final = LinearState(kv, z, out["m"][:, :, 0, 0])
     return narrow(out["y"], N, H), from_rows(out["n"], T), final
 
 

@@ -61,7 +61,7 @@ class _OfStateHead(NamedTuple):
     z: Float[Array, "1 F"]
     g: Float[Array, "1 C"]
     c: Float[Array, "1 C"]
-    map: Float[Array, "F X"] | None
+    map: Float[Array, "half X"] | None
 
 
 def _of_head(held: _Held, met: _Met, dn: Float[Array, "1 C"], normalize: bool) -> _OfHead:
@@ -246,7 +246,7 @@ def _write(plan: Plan, out: Any, total: Any, parts: list[Float[Array, "C width"]
 def backward(
     plan: Plan, arrays: dict[str, Array], starts: dict[str, Array], cotangents: dict[str, Array]
 ) -> dict[str, Array]:
-    """Cotangents of ``arrays`` but ``m``, each under its name and in its layout; of the maps ``[B, heads, F, X]``.
+    """Cotangents of ``arrays`` but ``m``, each under its name and in its layout; of the maps ``[B, heads, F/2, X]``.
 
     ``starts`` is the state before each chunk, ``cotangents`` are ``dy``, ``dn``, ``dkv`` and ``dz`` of what ``forward``
     returns.

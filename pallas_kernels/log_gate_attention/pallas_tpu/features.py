@@ -1,8 +1,8 @@
 """Queries and keys of one chunk inside a kernel: features as given, or mapped from raw ones and never stored.
 
 Given features are rows as they come. Mapped ones are columns, ``[F, C]``: their reductions run over rows, and what is
-one number a token is a row. A map ``A [X, F/2]`` comes as ``[A, -A]`` transposed and filled with zeros to ``[F, X]``,
-so that one matmul gives the scores of both halves.
+one number a token is a row. A map ``A [X, E]`` comes transposed and filled with zeros to ``[F/2, X]``; its scores, and
+below them their negatives, are the exponents of the features, each half of which is filled up to ``F/2``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pallas_kernels.log_gate_attention.pallas_tpu.matmul import dot
 from pallas_kernels.log_gate_attention.state import EMPTY
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, Float
 
     from pallas_kernels.log_gate_attention.pallas_tpu.layout import Plan
 
@@ -26,7 +26,7 @@ class Mapped(NamedTuple):
     """How features came about."""
 
     raw: Float[Array, "C X"]
-    weights: Float[Array, "F X"]
+    weights: Float[Array, "half X"]
     exact: Float[Array, "F C"]  # fp32, before rounding
 
 
@@ -60,40 +60,48 @@ class Features(NamedTuple):
         return matmul(weights, self.value, (1, 0 if self.mapped is None else 1))
 
 
-def _halves(plan: Plan, shape: tuple[int, ...]) -> tuple[Bool[Array, "F C"], Bool[Array, "F C"]]:
-    """Where the first and the second half of the features lie."""
-    place = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    middle = plan.features // 2
-    return place < middle, (place >= middle) & (place < plan.features)
-
-
-def _over_half(plan: Plan, reduce: Callable, x: Float[Array, "F C"], neutral: float) -> Float[Array, "F C"]:
-    """Each half reduced, at each place of it."""
-    first, second = (reduce(jnp.where(half, x, neutral), 0, keepdims=True) for half in _halves(plan, x.shape))
-    return jnp.where(_halves(plan, x.shape)[0], first, second)
-
-
-def features(plan: Plan, x: Float[Array, "C X"], weights: Float[Array, "F X"] | None) -> Features:
+def features(plan: Plan, x: Float[Array, "C X"], weights: Float[Array, "half X"] | None) -> Features:
     """The features of given or raw queries or keys ``x``."""
     if weights is None:
         return Features(plan, x)
     scores = dot(weights, x, (1, 1))
-    first, second = _halves(plan, scores.shape)
     if plan.act == "exp":
-        log_scale = jnp.max(scores, 0, keepdims=True)
-        exact = jnp.exp(jnp.where(first | second, scores - log_scale, EMPTY))
-        return Features(plan, exact.astype(plan.dtype), log_scale, Mapped(x, weights, exact))
-    scores = jnp.where(first | second, scores, EMPTY)
-    exact = jnp.exp(scores - _over_half(plan, jnp.max, scores, EMPTY))
-    exact = exact / _over_half(plan, jnp.sum, exact, 0.0)
-    return Features(plan, exact.astype(plan.dtype), None, Mapped(x, weights, exact))
+        log_scale = jnp.max(jnp.abs(scores), 0, keepdims=True)
+        halves = [_exp(plan, signed - log_scale) for signed in (scores, -scores)]
+    else:
+        log_scale = None
+        halves = [_softmax(plan, signed) for signed in (scores, -scores)]
+    exact = jnp.concatenate(halves, 0)
+    return Features(plan, exact.astype(plan.dtype), log_scale, Mapped(x, weights, exact))
+
+
+def _there(plan: Plan, x: Float[Array, "half C"]) -> Float[Array, "half C"]:
+    """``x`` with nothing behind the last score."""
+    if plan.features == plan.F:
+        return x
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) < plan.features // 2, x, EMPTY)
+
+
+def _exp(plan: Plan, exponents: Float[Array, "half C"]) -> Float[Array, "half C"]:
+    return jnp.exp(_there(plan, exponents))
+
+
+def _softmax(plan: Plan, scores: Float[Array, "half C"]) -> Float[Array, "half C"]:
+    weights = _exp(plan, scores - jnp.max(_there(plan, scores), 0, keepdims=True))
+    return weights / jnp.sum(weights, 0, keepdims=True)
 
 
 def to_raw(
     plan: Plan, mapped: Mapped, cotangent: Float[Array, "F C"]
-) -> tuple[Float[Array, "C X"], Float[Array, "F X"]]:
+) -> tuple[Float[Array, "C X"], Float[Array, "half X"]]:
     """Cotangents of raw queries or keys and of the weights, given that of the features; log scales are constants."""
-    if plan.act == "softmax":
-        cotangent = cotangent - _over_half(plan, jnp.sum, mapped.exact * cotangent, 0.0)
-    scores = (mapped.exact * cotangent).astype(plan.dtype)
+    half = plan.F // 2
+    first, second = (_to_scores(plan, mapped.exact[at], cotangent[at]) for at in (slice(half), slice(half, None)))
+    scores = (first - second).astype(plan.dtype)
     return dot(scores.T, mapped.weights), dot(scores, mapped.raw)
+
+
+def _to_scores(plan: Plan, exact: Float[Array, "half C"], cotangent: Float[Array, "half C"]) -> Float[Array, "half C"]:
+    if plan.act == "softmax":
+        cotangent = cotangent - jnp.sum(exact * cotangent, 0, keepdims=True)
+    return exact * cotangent

@@ -107,7 +107,7 @@ class Plan:
         itemsize = jnp.dtype(self.dtype).itemsize
         tokens = 2 * self.C * self.M * self.R * (2 * self.X + self.H) * itemsize
         states = (self.turns + 18 + 4 * itemsize) * self.M * self.F * self.H * 4
-        maps = self.kv_heads * (self.G + self.P) * self.X * self.F * 2 * (itemsize + 4) if self.act else 0
+        maps = self.kv_heads * (self.G + self.P) * self.X * self.F * (itemsize + 4) if self.act else 0
         return 5 * tokens // 2 + states + maps + 2**20
 
     def shape(self, *shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -152,11 +152,30 @@ def narrow(x: Float[Array, "B T lanes"], heads: int, width: int) -> Float[Array,
     return x.reshape(*x.shape[:2], heads, -1)[..., :width]
 
 
-def both_halves(weights: Float[Array, "heads X half"], X: int, F: int) -> Float[Array, "heads F X"]:
-    """A feature map and below it its negative in fp32, features as rows, filled with zeros to ``[heads, F, X]``."""
-    weights = jnp.moveaxis(weights.astype(jnp.float32), 1, 2)
-    weights = jnp.concatenate([weights, -weights], 1)
-    return jnp.pad(weights, ((0, 0), (0, F - weights.shape[1]), (0, X - weights.shape[2])))
+def widen_features(plan: Plan, x: Float[Array, "B S features *rest"]) -> Float[Array, "B S F *rest"]:
+    """What a state holds of each feature, filled with zeros; mapped features have two halves, filled each."""
+    halves = 2 if plan.act else 1
+    x = x.reshape(*x.shape[:2], halves, plan.features // halves, *x.shape[3:])
+    x = jnp.pad(x, [(0, (plan.F - plan.features) // halves if axis == 3 else 0) for axis in range(x.ndim)])
+    return x.reshape(*x.shape[:2], plan.F, *x.shape[4:])
+
+
+def narrow_features(plan: Plan, x: Float[Array, "B S F *rest"]) -> Float[Array, "B S features *rest"]:
+    """What ``widen_features`` was given."""
+    halves = 2 if plan.act else 1
+    x = x.reshape(*x.shape[:2], halves, plan.F // halves, *x.shape[3:])[:, :, :, : plan.features // halves]
+    return x.reshape(*x.shape[:2], plan.features, *x.shape[4:])
+
+
+def turned(plan: Plan, weights: Float[Array, "heads X E"]) -> Float[Array, "heads half X"]:
+    """Feature maps with features as rows, filled with zeros to ``[heads, F/2, X]``."""
+    _, X, E = weights.shape
+    return jnp.pad(jnp.moveaxis(weights, 1, 2), ((0, 0), (0, plan.F // 2 - E), (0, plan.X - X)))
+
+
+def turned_back(weights: Float[Array, "heads half X"], X: int, E: int) -> Float[Array, "heads X E"]:
+    """What ``turned`` was given."""
+    return jnp.moveaxis(weights, 1, 2)[:, :X, :E]
 
 
 def to_rows(x: Float[Array, "B T heads"], chunk: int, fill: float) -> Float[Array, "B heads chunks 1 C"]:
@@ -232,14 +251,14 @@ class Blocks:
         return pl.BlockSpec((1, self._plan.M, *shape), place)
 
     def maps(self, heads: int) -> pl.BlockSpec:
-        """The feature maps of key/value heads, of ``[K·heads, F, X]``, held for all chunks."""
+        """The feature maps of key/value heads, of ``[K·heads, F/2, X]``, held for all chunks."""
         plan = self._plan
-        return pl.BlockSpec((plan.kv_heads * heads, plan.F, plan.X), lambda b, k, i, turn: (k, 0, 0))
+        return pl.BlockSpec((plan.kv_heads * heads, plan.F // 2, plan.X), lambda b, k, i, turn: (k, 0, 0))
 
     def map_gradients(self, heads: int) -> pl.BlockSpec:
-        """The same of ``[B, K·heads, F, X]``."""
+        """The same of ``[B, K·heads, F/2, X]``."""
         plan = self._plan
-        return pl.BlockSpec((1, plan.kv_heads * heads, plan.F, plan.X), lambda b, k, i, turn: (b, k, 0, 0))
+        return pl.BlockSpec((1, plan.kv_heads * heads, plan.F // 2, plan.X), lambda b, k, i, turn: (b, k, 0, 0))
 
 
 def call(plan: Plan, kernel: Callable, inputs: dict, in_specs: dict, outputs: dict, out_specs: dict, scratch: dict):
