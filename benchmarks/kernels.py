@@ -434,10 +434,9 @@ def tune_one(problem: Problem, which: str) -> dict:
         return 1e3 * min(seconds_of(call, jax.block_until_ready, 5) for _ in range(3))
 
     with tqdm(disable=None, unit=" plans", desc=name) as bar:
-        # In one pass over everything or in two, for chunks of each length; the gradient has kernels of its own.
-        starts = [
-            dataclasses.replace(plan(problem, here, C), fused=fused) for C in (32, 64, 128) for fused in (True, False)
-        ]
+        # States first, for chunks of each length, or all in one pass; the gradient has kernels of its own.
+        starts = [dataclasses.replace(plan(problem, here, C), fused=0) for C in (32, 64, 128)]
+        starts += [dataclasses.replace(plan(problem, here, 64), fused=C) for C in (16, 32, 64, 128)]
         kernels = ("forward", "states", "outputs") + (("cotangents", "rows", "keys") if which != "forward" else ())
         best, least = search(list(dict.fromkeys(starts)), kernels, milliseconds)
     print(f"{name}: {least:.3f} ms with {best}")

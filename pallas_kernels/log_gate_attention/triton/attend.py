@@ -113,27 +113,28 @@ def chunk_states(p: Problem, how: Plan, x: Operands, v, state: LinearState, by: 
 
 
 def forward(p: Problem, how: Plan, x: Operands, v, g, c, state: LinearState, normalize: bool):
-    """``(y, n, den, final state)``; ``den`` is the rows' sum of weights relative to their scale in their chunk."""
+    """``(y, n, final state)``."""
     from pallas_kernels.log_gate_attention.triton.forward import fused_kernel, outputs_kernel
 
-    by = decays(p, how.chunk, g, c, state.m)
     rows = (p.B, p.T, p.N)
-    out = [_like((*rows, p.H), p.dtype), _like(rows), _like(rows)]
+    out = [_like((*rows, p.H), p.dtype), _like(rows)]
     run = functools.partial(_run, NORMALIZE=normalize)
     if how.fused:
+        by = decays(p, how.fused, g, c, state.m)
         out += [_like(state.kv.shape), _like(state.z.shape)]
         grid = (_count(p.H, how.forward.width), p.B * p.S, 1)
         arrays = (x.q, x.k, v, state.kv, state.z, *by[:8])
-        y, n, den, kv, z = run(fused_kernel, p, how.chunk, how.forward, arrays, out, grid)
-        return y, n, den, LinearState(kv, z, by.m_last)
+        y, n, kv, z = run(fused_kernel, p, how.fused, how.forward, arrays, out, grid)
+        return y, n, LinearState(kv, z, by.m_last)
+    by = decays(p, how.chunk, g, c, state.m)
     starts, last = chunk_states(p, how, x, v, state, by, parts=1)
     parts = _count(p.N // p.S, how.outputs.heads) * _count(p.H, how.outputs.width)
     grid = (p.B * p.S, _count(p.T, how.chunk), parts)
-    y, n, den = run(outputs_kernel, p, how.chunk, how.outputs, (*x, v, *by[:6], *starts), out, grid)
-    return y, n, den, last
+    y, n = run(outputs_kernel, p, how.chunk, how.outputs, (*x, v, *by[:6], *starts), out, grid)
+    return y, n, last
 
 
-def backward(p: Problem, how: Plan, x: Operands, v, g, c, state: LinearState, den, cotangents, normalize: bool):
+def backward(p: Problem, how: Plan, x: Operands, v, g, c, state: LinearState, cotangents, normalize: bool):
     """Cotangents of queries, keys (of their scores, where there is a map), ``(v, g, c, state)``."""
     from pallas_kernels.log_gate_attention.triton.backward import cotangents_kernel, keys_kernel, rows_kernel
 
@@ -141,25 +142,32 @@ def backward(p: Problem, how: Plan, x: Operands, v, g, c, state: LinearState, de
     C, parts = how.chunk, _parts(p)
     by = decays(p, C, g, c, state.m)
     starts, _ = chunk_states(p, how, x, v, state, by, parts)
-    run = functools.partial(_run, NORMALIZE=normalize)
     chunks, E = _count(p.T, C), p.F // 2 if p.act else p.F
     places = (p.B, p.S, chunks * C)
 
     blocks = _count(p.N // p.S, how.rows.heads)
-    out = [_like((p.B, p.T, p.N, E), p.dtype), _like(dn.shape), _like((blocks, *places)), _like((blocks, *places))]
-    arrays = (*x, v, dy, dn, den, *by[:6], *starts)
-    dq, b, dg_rows, dc_rows = run(rows_kernel, p, C, how.rows, arrays, out, (p.B * p.S, chunks, blocks))
+    out = [
+        _like((p.B, p.T, p.N, E), p.dtype),
+        _like(dn.shape),
+        _like(dn.shape),
+        _like((blocks, *places)),
+        _like((blocks, *places)),
+    ]
+    arrays = (*x, v, dy, dn, *by[:6], *starts)
+    dq, a, b, dg_rows, dc_rows = _run(
+        rows_kernel, p, C, how.rows, arrays, out, (p.B * p.S, chunks, blocks), NORMALIZE=normalize
+    )
 
     grid = _blocks(p, how.cotangents)
     out = [*_states(p, C, parts), _like(state.kv.shape), _like(state.z.shape), _like((*grid[1:], p.B, p.S, chunks))]
-    arrays = (*x[:3], dy, b, den, dstate.kv, dstate.z, by.own, by.reads, by.keep, *starts)
-    *ends, dkv, dz, kept = run(cotangents_kernel, p, C, how.cotangents, arrays, out, grid)
+    arrays = (*x[:3], dy, a, b, dstate.kv, dstate.z, by.reads, by.keep, *starts)
+    *ends, dkv, dz, kept = _run(cotangents_kernel, p, C, how.cotangents, arrays, out, grid)
 
     blocks, shared = C // how.keys.keys, p.S // p.K
     out = [_like((p.B, p.T, p.S, E), p.dtype), _like((p.B, p.T, p.S, p.H), p.dtype if shared == 1 else jnp.float32)]
     out += [_like((blocks, *places)), _like(places)]
-    arrays = (*x, v, dy, b, den, *by[:5], by.take, *ends)
-    dk, dv, dg_keys, dc_keys = run(keys_kernel, p, C, how.keys, arrays, out, (p.B * p.S, chunks, blocks))
+    arrays = (*x, v, dy, a, b, by.hi, by.lo, by.M, by.start, by.take, *ends)
+    dk, dv, dg_keys, dc_keys = _run(keys_kernel, p, C, how.keys, arrays, out, (p.B * p.S, chunks, blocks))
     if shared > 1:
         dv = jnp.sum(dv.reshape(p.B, p.T, p.K, shared, p.H), 3).astype(p.dtype)
     dg = jnp.sum(dg_rows, 0) + jnp.sum(dg_keys, 0) + jnp.repeat(jnp.sum(kept, (0, 1)), C, -1)
@@ -178,20 +186,17 @@ def _given(q, k, v) -> tuple[Problem, Operands]:
 def attend_by(q, k, v, g, c, state: LinearState, normalize: bool, how: Plan):
     """``attend`` with every size given."""
     p, x = _given(q, k, v)
-    y, n, _, state = forward(p, how, x, v, g, c, state, normalize)
-    return y, n, state
+    return forward(p, how, x, v, g, c, state, normalize)
 
 
 def _attend_fwd(q, k, v, g, c, state, normalize, how):
-    p, x = _given(q, k, v)
-    y, n, den, last = forward(p, how, x, v, g, c, state, normalize)
-    return (y, n, last), (q, k, v, g, c, state, den)
+    return attend_by(q, k, v, g, c, state, normalize, how), (q, k, v, g, c, state)
 
 
 def _attend_bwd(normalize, how, saved, cotangents):
-    q, k, v, g, c, state, den = saved
+    q, k, v, g, c, state = saved
     p, x = _given(q, k, v)
-    return backward(p, how, x, v, g, c, state, den, cotangents, normalize)
+    return backward(p, how, x, v, g, c, state, cotangents, normalize)
 
 
 attend_by.defvjp(_attend_fwd, _attend_bwd)

@@ -48,24 +48,18 @@ def _prepared(q, k, c, q_map, k_map, act: Act) -> tuple[Operands, Array]:
     return x, c if act == "softmax" else jnp.where(c > ABSENT, c + x.k_shift[0], c)
 
 
-def _run(q, k, v, g, c, state, q_map, k_map, act: Act, how: Plan):
-    x, c = _prepared(q, k, c, q_map, k_map, act)
-    y, n, den, last = forward(_problem(q, k, v, k_map, act), how, x, v, g, c, state, True)
-    if act == "exp":
-        n = jnp.where(n > ABSENT, n + x.q_shift[0], n)
-    return y, n, den, last
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
 def attend_mapped_by(q, k, v, g, c, state: LinearState, q_map, k_map, act: Act, how: Plan):
     """``attend_mapped`` with every size given."""
-    y, n, _, last = _run(q, k, v, g, c, state, q_map, k_map, act, how)
+    x, c = _prepared(q, k, c, q_map, k_map, act)
+    y, n, last = forward(_problem(q, k, v, k_map, act), how, x, v, g, c, state, True)
+    if act == "exp":
+        n = jnp.where(n > ABSENT, n + x.q_shift[0], n)
     return y, n, last
 
 
 def _attend_fwd(q, k, v, g, c, state, q_map, k_map, act, how):
-    y, n, den, last = _run(q, k, v, g, c, state, q_map, k_map, act, how)
-    return (y, n, last), (q, k, v, g, c, state, q_map, k_map, den)
+    return attend_mapped_by(q, k, v, g, c, state, q_map, k_map, act, how), (q, k, v, g, c, state, q_map, k_map)
 
 
 def _to_raw(ds: Float[Array, "B T heads E"], x: Float[Array, "B T raw X"], a: Float[Array, "heads X E"]):
@@ -79,10 +73,10 @@ def _to_raw(ds: Float[Array, "B T heads E"], x: Float[Array, "B T raw X"], a: Fl
 
 
 def _attend_bwd(act, how, saved, cotangents):
-    q, k, v, g, c, state, q_map, k_map, den = saved
+    q, k, v, g, c, state, q_map, k_map = saved
     x, c = _prepared(q, k, c, q_map, k_map, act)
     p = _problem(q, k, v, k_map, act)
-    dq, dk, dv, dg, dc, dstate = backward(p, how, x, v, g, c, state, den, cotangents, True)
+    dq, dk, dv, dg, dc, dstate = backward(p, how, x, v, g, c, state, cotangents, True)
     dq, dq_map = _to_raw(dq, q, q_map)
     dk, dk_map = _to_raw(dk, k, k_map)
     return dq, dk, dv, dg, dc, dstate, dq_map, dk_map

@@ -1,7 +1,7 @@
 """Triton: gradients. The state's cotangent is carried from the last chunk to the first; then chunks are independent.
 
 A pair's weight has the cotangent ``a_i (dy_i·v_j) + b_i``, where ``a`` divides a row by its sum (or scales it by
-``e^m``). The kernel that goes by rows gives the queries' gradients and finds ``b``; it comes first. ``b`` has
+``e^m``). The kernel that goes by rows gives the queries' gradients and finds both; it comes first. ``b`` has
 ``y·dy`` in it, found from the same products as the weights' cotangents and not from a rounded ``y``, whose error would
 be the same for every key. The cotangents ``e_ij`` of exponents reach gate ``t`` as ``Σ_{i ≥ t} Σ_{j < t} e_ij``, summed
 as it stands. Where few tokens make up the memory, what they and the queries' gradients are sums of nearly cancels, so
@@ -22,26 +22,8 @@ from pallas_kernels.log_gate_attention.triton.tiles import in_columns, load_tile
 
 
 @triton.jit
-def _inverse(den_ptr, row, rows_in):
-    den = tl.load(den_ptr + row, mask=rows_in, other=0.0)
-    held = den > SMALLEST
-    return tl.where(held, 1.0 / tl.where(held, den, 1.0), 0.0)
-
-
-@triton.jit
-def _row_factor(den_ptr, own_ptr, row, rows_in, NORMALIZE: tl.constexpr):
-    """``a``: what a row's weighted sum of values is multiplied by."""
-    if NORMALIZE:
-        a = _inverse(den_ptr, row, rows_in)
-    else:
-        half = unscale(tl.load(own_ptr))
-        a = half * half
-    return a
-
-
-@triton.jit
 def _on_state(
-    dy_ptr, kvs_ptr, part_size, row, rows_in, f, inside, ROWS: tl.constexpr,
+    dy_ptr, kvs_ptr, part_size, row, f, inside, ROWS: tl.constexpr,
     H: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dy·kvᵀ`` of each row: ``[ROWS, BF]``."""
@@ -49,7 +31,7 @@ def _on_state(
     steps: tl.constexpr = (H + BH - 1) // BH
     for step in tl.range(0, steps * PARTS, disable_licm=True):
         h = (step % steps) * BH + tl.arange(0, BH)
-        dy = load_tile(dy_ptr, row, h, rows_in, H)
+        dy = load_tile(dy_ptr, row, h, None, H)
         kv = load_tile_t(kvs_ptr + (step // steps) * part_size, f, h, inside, H)
         out = tl.dot(dy, kv, out, input_precision=PRECISION)
     return out
@@ -57,15 +39,15 @@ def _on_state(
 
 @triton.jit
 def rows_kernel(
-    q_ptr, q_map_ptr, q_shift_ptr, k_ptr, k_map_ptr, k_shift_ptr, v_ptr, dy_ptr, dn_ptr, den_ptr,
+    q_ptr, q_map_ptr, q_shift_ptr, k_ptr, k_map_ptr, k_shift_ptr, v_ptr, dy_ptr, dn_ptr,
     hi_ptr, lo_ptr, M_ptr, own_ptr, start_ptr, reads_ptr, kvs_ptr, zs_ptr,
-    dq_ptr, b_ptr, dg_ptr, dc_ptr, T, chunks,
+    dq_ptr, a_ptr, b_ptr, dg_ptr, dc_ptr, T, chunks,
     N: tl.constexpr, S: tl.constexpr, K: tl.constexpr, F: tl.constexpr, H: tl.constexpr,
     X: tl.constexpr, BX: tl.constexpr, SOFTMAX: tl.constexpr,
     C: tl.constexpr, HEADS: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
     PARTS: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries, ``b``, and what reaches gates and key scales through outputs; of ``HEADS`` query heads.
+    """Gradients of ``HEADS`` query heads, their ``a`` and ``b``, and what reaches gates and key scales by outputs.
 
     ``dq`` holds the cotangents of scores where there is a map, and a tile then holds all ``E``. ``dg`` and ``dc`` are
     ``[blocks of query heads, B, S, L]``, to be summed over the first axis.
@@ -76,10 +58,10 @@ def rows_kernel(
     place = tl.arange(0, C)
     x = tl.arange(0, HEADS * C)
     i, r = x % C, block * HEADS + x // C
-    rows_in, keys_in = (n * C + i < T) & (r < N // S), n * C + place < T
+    rows_in, last = (n * C + i < T) & (r < N // S), T - 1 - n * C
     token = batch * T + n * C
     first_row = token * N + s * (N // S)
-    row = i * N + r
+    row, key_row = tl.minimum(i, last) * N + tl.minimum(r, N // S - 1), tl.minimum(place, last)
     at = head * chunks + n
     E: tl.constexpr = F if X == 0 else F // 2
     HALVES: tl.constexpr = 1 if X == 0 else 2
@@ -101,34 +83,41 @@ def rows_kernel(
     on_values = tl.zeros((HEADS * C, C), tl.float32)
     for start in range(0, H, BH):
         h = start + tl.arange(0, BH)
-        dy = load_tile(dy_ptr, row, h, rows_in, H)
-        v = load_tile_t(v_ptr, place * K, h, keys_in, H)
+        dy = load_tile(dy_ptr, row, h, None, H)
+        v = load_tile_t(v_ptr, key_row * K, h, None, H)
         on_values = tl.dot(dy, v, on_values, input_precision=PRECISION)
     qk = tl.zeros((HEADS * C, C), tl.float32)
     reads_kv = tl.zeros((HEADS * C,), tl.float32)
+    reads_z = tl.zeros((HEADS * C,), tl.float32)
     for start in range(0, E, BF):
         e = start + tl.arange(0, BF)
-        s_q = scores(q_ptr, q_map_ptr, row, rows_in, e, E, X, BX, PRECISION)
-        s_k = scores_t(k_ptr, k_map_ptr, place * STEP, keys_in, e, E, X, BX, PRECISION)
+        s_q = scores(q_ptr, q_map_ptr, row, e, E, X, BX, PRECISION)
+        s_k = scores_t(k_ptr, k_map_ptr, key_row * STEP, e, E, X, BX, PRECISION)
         for half in tl.range(0, HALVES, disable_licm=True):
-            q = features(s_q, q_shift_ptr + half * batches * T * N, row, rows_in, e, half, E, X, dtype)
-            k = features_t(s_k, k_shift_ptr + half * batches * T * S, place * S, keys_in, e, half, E, X, dtype)
+            q = features(s_q, q_shift_ptr + half * batches * T * N, row, e, half, E, X, dtype)
+            k = features_t(s_k, k_shift_ptr + half * batches * T * S, key_row * S, e, half, E, X, dtype)
+            f = half * E + e
             qk = tl.dot(q, k, qk, input_precision=PRECISION)
+            sums = in_columns(tl.load(zs_ptr + at * F + f, mask=e < E, other=0.0), dtype)
+            reads_z += tl.sum(tl.dot(q, sums, input_precision=PRECISION), 1)
             if NORMALIZE:
-                f = half * E + e
-                on_state = _on_state(
-                    dy_ptr, kvs_ptr, part_size, row, rows_in, f, e < E, HEADS * C, H, BF, BH, PARTS, PRECISION
-                )
+                on_state = _on_state(dy_ptr, kvs_ptr, part_size, row, f, e < E, HEADS * C, H, BF, BH, PARTS, PRECISION)
                 reads_kv += tl.sum(q.to(tl.float32) * on_state, 1)
 
     decays = pairs(hi_ptr, lo_ptr, M_ptr, start_ptr, at * C, i, C)
     reads = tl.load(reads_ptr + at * C + i)
-    a = _row_factor(den_ptr + first_row, own_ptr + at * C + i, row, rows_in, NORMALIZE)
+    den = tl.sum(qk * decays, 1) + reads * reads_z
+    held = rows_in & (den > SMALLEST)
+    over = tl.where(held, 1.0 / tl.where(held, den, 1.0), 0.0)
     dn = tl.load(dn_ptr + first_row + row, mask=rows_in, other=0.0)
     if NORMALIZE:
-        b = (dn - (tl.sum(qk * decays * on_values, 1) + reads * reads_kv) * a) * a
+        a = over
+        b = (dn - (tl.sum(qk * decays * on_values, 1) + reads * reads_kv) * over) * over
     else:
-        b = dn * _inverse(den_ptr + first_row, row, rows_in)
+        half = unscale(tl.load(own_ptr + at * C + i))
+        a = tl.where(rows_in, half * half, 0.0)
+        b = dn * over
+    tl.store(a_ptr + first_row + row, a, mask=rows_in)
     tl.store(b_ptr + first_row + row, b, mask=rows_in)
 
     dscores = decays * (a[:, None] * on_values + b[:, None])
@@ -137,19 +126,17 @@ def rows_kernel(
     since = tl.zeros((HEADS * C,), tl.float32)
     for start in range(0, E, BF):
         e = start + tl.arange(0, BF)
-        s_q = scores(q_ptr, q_map_ptr, row, rows_in, e, E, X, BX, PRECISION)
-        s_k = scores(k_ptr, k_map_ptr, place * STEP, keys_in, e, E, X, BX, PRECISION)
+        s_q = scores(q_ptr, q_map_ptr, row, e, E, X, BX, PRECISION)
+        s_k = scores(k_ptr, k_map_ptr, key_row * STEP, e, E, X, BX, PRECISION)
         out = tl.zeros((HEADS * C, BF), tl.float32)
         for half in tl.range(0, HALVES, disable_licm=True):
             f = half * E + e
-            on_state = _on_state(
-                dy_ptr, kvs_ptr, part_size, row, rows_in, f, e < E, HEADS * C, H, BF, BH, PARTS, PRECISION
-            )
+            on_state = _on_state(dy_ptr, kvs_ptr, part_size, row, f, e < E, HEADS * C, H, BF, BH, PARTS, PRECISION)
             z = tl.load(zs_ptr + at * F + f, mask=e < E, other=0.0)
             on_state = reads[:, None] * (a[:, None] * on_state + b[:, None] * z[None, :])
-            q = features(s_q, q_shift_ptr + half * batches * T * N, row, rows_in, e, half, E, X, dtype)
+            q = features(s_q, q_shift_ptr + half * batches * T * N, row, e, half, E, X, dtype)
             since += tl.sum(q.to(tl.float32) * on_state, 1)
-            k = features(s_k, k_shift_ptr + half * batches * T * S, place * S, keys_in, e, half, E, X, dtype)
+            k = features(s_k, k_shift_ptr + half * batches * T * S, key_row * S, e, half, E, X, dtype)
             dq = tl.dot(rounded, k, on_state, input_precision=PRECISION)
             out = dq if X == 0 else out + to_scores(q, dq, half, SOFTMAX)
         store_tile(dq_ptr, row, e, rows_in, out, E)
@@ -166,11 +153,11 @@ def rows_kernel(
 
 @triton.jit
 def cotangents_kernel(
-    q_ptr, q_map_ptr, q_shift_ptr, dy_ptr, b_ptr, den_ptr, dkv_ptr, dz_ptr, own_ptr, reads_ptr, keep_ptr,
+    q_ptr, q_map_ptr, q_shift_ptr, dy_ptr, a_ptr, b_ptr, dkv_ptr, dz_ptr, reads_ptr, keep_ptr,
     kvs_ptr, zs_ptr, dkvs_ptr, dzs_ptr, dkv_out_ptr, dz_out_ptr, kept_ptr, T, chunks,
     N: tl.constexpr, S: tl.constexpr, F: tl.constexpr, H: tl.constexpr, X: tl.constexpr, BX: tl.constexpr,
     C: tl.constexpr, HEADS: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
-    PARTS: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Cotangents of the state after each chunk and before the first, kept as ``states_kernel`` keeps states.
 
@@ -189,7 +176,6 @@ def cotangents_kernel(
     part_size = tl.num_programs(0).to(tl.int64) * chunks * F * H
     dkv = load_tile(dkv_ptr + head * F * H, f, h, inside, H)
     dz = tl.load(dz_ptr + head * F + f, mask=inside, other=0.0)
-    dz = tl.where(tl.arange(0, 16)[None, :] == 0, dz[:, None], 0.0)
     for back in tl.range(0, chunks, disable_licm=True):
         n = chunks - 1 - back
         at = head * chunks + n
@@ -198,7 +184,7 @@ def cotangents_kernel(
         if PARTS > 1:
             store_tile(dkvs_ptr + part_size + at * F * H, f, h, inside, dkv - rounded.to(tl.float32), H)
         if first:
-            tl.store(dzs_ptr + at * F + f, tl.sum(dz, 1), mask=inside)
+            tl.store(dzs_ptr + at * F + f, dz, mask=inside)
         keep = tl.load(keep_ptr + at)
         dkv, dz = keep * dkv, keep * dz
         kv = load_tile(kvs_ptr + at * F * H, f, h, inside, H).to(tl.float32)
@@ -207,7 +193,7 @@ def cotangents_kernel(
         kept = tl.sum(tl.sum(kv * dkv, 1), 0)
         if first:
             z = tl.load(zs_ptr + at * F + f, mask=inside, other=0.0)
-            kept += tl.sum(z * tl.sum(dz, 1), 0)
+            kept += tl.sum(z * dz, 0)
         blocks = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
         tl.store(kept_ptr + (blocks * tl.num_programs(0) + head) * chunks + n, kept)
         reads = tl.load(reads_ptr + at * C + i)
@@ -215,23 +201,23 @@ def cotangents_kernel(
             r = block + x // C
             rows_in = (n * C + i < T) & (r < N // S)
             first_row = (batch * T + n * C) * N + s * (N // S)
-            row = i * N + r
-            a = _row_factor(den_ptr + first_row, own_ptr + at * C + i, row, rows_in, NORMALIZE)
+            row = tl.minimum(i, T - 1 - n * C) * N + tl.minimum(r, N // S - 1)
+            a = tl.load(a_ptr + first_row + row, mask=rows_in, other=0.0)
             b = tl.load(b_ptr + first_row + row, mask=rows_in, other=0.0)
             q_map = q_map_ptr + (s * (N // S) + block) * X * E
-            q = scores_t(q_ptr + first_row * (F if X == 0 else X), q_map, row, rows_in, e, E, X, BX, PRECISION)
+            q = scores_t(q_ptr + first_row * (F if X == 0 else X), q_map, row, e, E, X, BX, PRECISION)
             shift = q_shift_ptr + half * batches * T * N + first_row
-            q = features_t(q, shift, row, rows_in, e, half, E, X, dy_ptr.dtype.element_ty)
-            dy = load_tile(dy_ptr + first_row * H, row, h, rows_in, H)
+            q = features_t(q, shift, row, e, half, E, X, dy_ptr.dtype.element_ty)
+            dy = load_tile(dy_ptr + first_row * H, row, h, None, H)
             pulled = dy.to(tl.float32) * (reads * a)[:, None]
             dkv = tl.dot(q, pulled.to(dy.dtype), dkv, input_precision=PRECISION)
             if PARTS > 1:
                 rest = (pulled - pulled.to(dy.dtype).to(tl.float32)).to(dy.dtype)
                 dkv = tl.dot(q, rest, dkv, input_precision=PRECISION)
-            dz = tl.dot(q, in_columns(reads * b, q.dtype), dz, input_precision=PRECISION)
+            dz += tl.sum(tl.dot(q, in_columns(reads * b, q.dtype), input_precision=PRECISION), 1)
     store_tile(dkv_out_ptr + head * F * H, f, h, inside, dkv, H)
     if first:
-        tl.store(dz_out_ptr + head * F + f, tl.sum(dz, 1), mask=inside)
+        tl.store(dz_out_ptr + head * F + f, dz, mask=inside)
 
 
 @triton.jit
@@ -251,13 +237,13 @@ def _through_state(
 
 @triton.jit
 def keys_kernel(
-    q_ptr, q_map_ptr, q_shift_ptr, k_ptr, k_map_ptr, k_shift_ptr, v_ptr, dy_ptr, b_ptr, den_ptr,
-    hi_ptr, lo_ptr, M_ptr, own_ptr, start_ptr, take_ptr, dkvs_ptr, dzs_ptr,
+    q_ptr, q_map_ptr, q_shift_ptr, k_ptr, k_map_ptr, k_shift_ptr, v_ptr, dy_ptr, a_ptr, b_ptr,
+    hi_ptr, lo_ptr, M_ptr, start_ptr, take_ptr, dkvs_ptr, dzs_ptr,
     dk_ptr, dv_ptr, dg_ptr, dc_ptr, T, chunks,
     N: tl.constexpr, S: tl.constexpr, K: tl.constexpr, F: tl.constexpr, H: tl.constexpr,
     X: tl.constexpr, BX: tl.constexpr, SOFTMAX: tl.constexpr,
     C: tl.constexpr, KEYS: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
-    PARTS: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``KEYS`` keys and values, and what reaches gates and key scales through the state after the chunk.
 
@@ -271,7 +257,8 @@ def keys_kernel(
     place = tl.arange(0, C)
     j = block * KEYS + tl.arange(0, KEYS)
     e, h = tl.arange(0, BF), tl.arange(0, BH)
-    rows_in, keys_in = n * C + place < T, n * C + j < T
+    rows_in, keys_in, last = n * C + place < T, n * C + j < T, T - 1 - n * C
+    key_row = tl.minimum(j, last)
     token = batch * T + n * C
     at = head * chunks + n
     E: tl.constexpr = F if X == 0 else F // 2
@@ -280,9 +267,9 @@ def keys_kernel(
     batches = tl.num_programs(0).to(tl.int64) // S
     k_ptr += (token * S + s) * F if X == 0 else (token * K + s // (S // K)) * X
     k_shift_ptr += token * S + s
-    s_k = scores(k_ptr, k_map_ptr + s * X * E, j * STEP, keys_in, e, E, X, BX, PRECISION)
-    k = features(s_k, k_shift_ptr, j * S, keys_in, e, 0, E, X, dtype)
-    v = load_tile(v_ptr + (token * K + s // (S // K)) * H, j * K, h, keys_in, H)
+    s_k = scores(k_ptr, k_map_ptr + s * X * E, key_row * STEP, e, E, X, BX, PRECISION)
+    k = features(s_k, k_shift_ptr, key_row * S, e, 0, E, X, dtype)
+    v = load_tile(v_ptr + (token * K + s // (S // K)) * H, key_row * K, h, None, H)
     take = tl.load(take_ptr + at * C + j)
     dv = tl.zeros((KEYS, BH), tl.float32)
     dkvs_ptr += at * F * H
@@ -290,7 +277,7 @@ def keys_kernel(
     dzs_ptr += at * F
     dk, dv, into = _through_state(k, v, dv, take, dkvs_ptr, part_size, dzs_ptr, e, h, e < E, H, PARTS, PRECISION)
     if X > 0:
-        k2 = features(s_k, k_shift_ptr + batches * T * S, j * S, keys_in, e, 1, E, X, dtype)
+        k2 = features(s_k, k_shift_ptr + batches * T * S, key_row * S, e, 1, E, X, dtype)
         dk2, dv, into2 = _through_state(
             k2, v, dv, take, dkvs_ptr, part_size, dzs_ptr, E + e, h, e < E, H, PARTS, PRECISION
         )
@@ -301,16 +288,16 @@ def keys_kernel(
 
     for r in tl.range(0, N // S, disable_licm=True):
         first_row = token * N + s * (N // S) + r
-        row = place * N
-        a = _row_factor(den_ptr + first_row, own_ptr + at * C + place, row, rows_in, NORMALIZE)
+        row = tl.minimum(place, last) * N
+        a = tl.load(a_ptr + first_row + row, mask=rows_in, other=0.0)
         b = tl.load(b_ptr + first_row + row, mask=rows_in, other=0.0)
         q_map = q_map_ptr + (s * (N // S) + r) * X * E
-        s_q = scores(q_ptr + first_row * (F if X == 0 else X), q_map, row, rows_in, e, E, X, BX, PRECISION)
-        q = features(s_q, q_shift_ptr + first_row, row, rows_in, e, 0, E, X, dtype)
-        dy = load_tile(dy_ptr + first_row * H, row, h, rows_in, H)
+        s_q = scores(q_ptr + first_row * (F if X == 0 else X), q_map, row, e, E, X, BX, PRECISION)
+        q = features(s_q, q_shift_ptr + first_row, row, e, 0, E, X, dtype)
+        dy = load_tile(dy_ptr + first_row * H, row, h, None, H)
         kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if X > 0:
-            q2 = features(s_q, q_shift_ptr + batches * T * N + first_row, row, rows_in, e, 1, E, X, dtype)
+            q2 = features(s_q, q_shift_ptr + batches * T * N + first_row, row, e, 1, E, X, dtype)
             kq = tl.dot(k2, tl.trans(q2), kq, input_precision=PRECISION)
         decays = pairs_t(hi_ptr, lo_ptr, M_ptr, start_ptr, at * C, j, C)
         weights = kq * decays * a[None, :]

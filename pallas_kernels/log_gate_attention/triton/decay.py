@@ -3,9 +3,10 @@
 Per batch, state head and token, in arrays ``[B, S, L]`` of ``L = chunks · C`` places (``exponents`` says why exponents
 are split in two):
 
-- ``hi``, ``lo``: coarse part and rest of a key's log weight before the chunk's gates; ``hi`` of an absent one is -1e30;
-- ``M``: a row's scale on that same footing, about the largest ``hi`` in sight; -1e30 for none. ``own`` is the same
-  number with the gates in it, which is what the log normalizer is relative to;
+- ``hi``, ``lo``: coarse part and rest of a key's log weight before the chunk's gates, the rest in units of ln 2;
+  ``hi`` of an absent one is -1e30;
+- ``M``: a row's scale on that same footing, about the largest ``hi`` in sight; 1e30 for none. ``own`` is the same
+  number with the gates in it, which is what the log normalizer is relative to; -1e30 for none;
 - ``start``: the first place of the chunk that the row sees, int32;
 - ``reads``: what the row reads of the state before the chunk: ``e^(m - M)`` or 0;
 - ``take``: what the state after the chunk takes of the key, and ``keep[B, S, chunks]``: what it keeps of the old state.
@@ -23,6 +24,7 @@ import triton.language as tl
 EMPTY = tl.constexpr(-1e30)
 ABSENT = tl.constexpr(-1e29)
 GRAIN = tl.constexpr(128.0)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -106,8 +108,8 @@ def decays_kernel(
         out = head * chunks * C + t
         written = (n < chunks)[:, None] & (place >= 0)[None, :]
         tl.store(hi_ptr + out, hi, mask=written)
-        tl.store(lo_ptr + out, lo, mask=written)
-        tl.store(M_ptr + out, M, mask=written)
+        tl.store(lo_ptr + out, lo * LOG2E, mask=written)
+        tl.store(M_ptr + out, tl.where(M > ABSENT, M, -EMPTY), mask=written)
         tl.store(own_ptr + out, own, mask=written)
         tl.store(start_ptr + out, start, mask=written)
         tl.store(reads_ptr + out, reads, mask=written)
@@ -120,23 +122,26 @@ def decays_kernel(
 def pairs(hi_ptr, lo_ptr, M_ptr, start_ptr, at, i, C: tl.constexpr):
     """Decays of each key ``j`` to rows at places ``i`` of the chunk at ``at``: ``[rows, C]``, 0 where not seen."""
     j = tl.arange(0, C)
-    M = tl.load(M_ptr + at + i)[:, None]
-    start = tl.load(start_ptr + at + i)[:, None]
-    exponent = (tl.load(hi_ptr + at + j)[None, :] - M) + tl.load(lo_ptr + at + j)[None, :]
-    # Where nothing is in sight M is that of an absent key.
-    seen = (j[None, :] <= i[:, None]) & (j[None, :] >= start) & (M > ABSENT)
-    return tl.exp(tl.where(seen, exponent, EMPTY))
+    M, start = tl.load(M_ptr + at + i)[:, None], tl.load(start_ptr + at + i)[:, None]
+    hi, lo = tl.load(hi_ptr + at + j)[None, :], tl.load(lo_ptr + at + j)[None, :]
+    return _of_pairs(hi, lo, M, i[:, None], j[None, :], start)
 
 
 @triton.jit
 def pairs_t(hi_ptr, lo_ptr, M_ptr, start_ptr, at, j, C: tl.constexpr):
     """The same, transposed: of keys at places ``j`` to each row: ``[keys, C]``."""
     i = tl.arange(0, C)
-    M = tl.load(M_ptr + at + i)[None, :]
-    start = tl.load(start_ptr + at + i)[None, :]
-    exponent = (tl.load(hi_ptr + at + j)[:, None] - M) + tl.load(lo_ptr + at + j)[:, None]
-    seen = (j[:, None] <= i[None, :]) & (j[:, None] >= start) & (M > ABSENT)
-    return tl.exp(tl.where(seen, exponent, EMPTY))
+    M, start = tl.load(M_ptr + at + i)[None, :], tl.load(start_ptr + at + i)[None, :]
+    hi, lo = tl.load(hi_ptr + at + j)[:, None], tl.load(lo_ptr + at + j)[:, None]
+    return _of_pairs(hi, lo, M, i[None, :], j[:, None], start)
+
+
+@triton.jit
+def _of_pairs(hi, lo, M, i, j, start):
+    # One comparison for start <= j <= i: an earlier key is a large unsigned number. A power of two is one instruction,
+    # while one of e has to be prepared by others.
+    seen = (j - start).to(tl.uint32) <= (i - start).to(tl.uint32)
+    return tl.exp2(tl.where(seen, (hi - M) * LOG2E + lo, EMPTY))
 
 
 @triton.jit

@@ -13,7 +13,7 @@ the logarithms of both sums for ``softmax``, the largest ``|s|`` for ``exp``. Wi
 import triton
 import triton.language as tl
 
-from pallas_kernels.log_gate_attention.triton.tiles import load_tile, load_tile_t
+from pallas_kernels.log_gate_attention.triton.tiles import covered, load_tile, load_tile_t
 
 
 @triton.jit
@@ -24,14 +24,13 @@ def shifts_kernel(
 ):  # fmt: skip
     """Of ``ROWS`` tokens and one head, which reads raw head ``head // GROUP``."""
     first, head = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
-    row = tl.arange(0, ROWS)
+    place = tl.arange(0, ROWS)
     e = tl.arange(0, BE)
-    rows_in = first + row < tokens
+    rows_in = first + place < tokens
+    row = tl.minimum(place, tokens - 1 - first)
     raw: tl.constexpr = HEADS // GROUP
-    s = scores(
-        x_ptr + (first * raw + head // GROUP) * X, map_ptr + head * X * E, row * raw, rows_in, e, E, X, BX, PRECISION
-    )
-    out = shift_ptr + (first + row) * HEADS + head
+    s = scores(x_ptr + (first * raw + head // GROUP) * X, map_ptr + head * X * E, row * raw, e, E, X, BX, PRECISION)
+    out = shift_ptr + (first + place) * HEADS + head
     inside = (e < E)[None, :]
     if SOFTMAX:
         for half in tl.static_range(2):
@@ -47,53 +46,57 @@ def shifts_kernel(
 
 @triton.jit
 def scores(
-    x_ptr, map_ptr, row, rows_in, e, E: tl.constexpr, X: tl.constexpr, BX: tl.constexpr, PRECISION: tl.constexpr
+    x_ptr, map_ptr, row, e, E: tl.constexpr, X: tl.constexpr, BX: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Before the exponential, ``[rows, e]``: scores in fp32, or the features themselves."""
     if X == 0:
-        out = load_tile(x_ptr, row, e, rows_in, E)
+        out = load_tile(x_ptr, row, e, None, E)
     else:
         column = tl.arange(0, BX)
-        x = load_tile(x_ptr, row, column, rows_in, X)
-        out = tl.dot(x, load_tile(map_ptr, column, e, column < X, E), input_precision=PRECISION)
+        x = load_tile(x_ptr, row, column, None, X)
+        rows_in = None if BX == X else column < X
+        out = tl.dot(x, load_tile(map_ptr, column, e, rows_in, E), input_precision=PRECISION)
     return out
 
 
 @triton.jit
 def scores_t(
-    x_ptr, map_ptr, row, rows_in, e, E: tl.constexpr, X: tl.constexpr, BX: tl.constexpr, PRECISION: tl.constexpr
+    x_ptr, map_ptr, row, e, E: tl.constexpr, X: tl.constexpr, BX: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """The same, transposed: ``[e, rows]``."""
     if X == 0:
-        out = load_tile_t(x_ptr, row, e, rows_in, E)
+        out = load_tile_t(x_ptr, row, e, None, E)
     else:
         column = tl.arange(0, BX)
-        x = load_tile_t(x_ptr, row, column, rows_in, X)
-        out = tl.dot(load_tile_t(map_ptr, column, e, column < X, E), x, input_precision=PRECISION)
+        x = load_tile_t(x_ptr, row, column, None, X)
+        rows_in = None if BX == X else column < X
+        out = tl.dot(load_tile_t(map_ptr, column, e, rows_in, E), x, input_precision=PRECISION)
     return out
 
 
 @triton.jit
-def features(s, shift_ptr, row, rows_in, e, half, E: tl.constexpr, X: tl.constexpr, dtype: tl.constexpr):
+def features(s, shift_ptr, row, e, half, E: tl.constexpr, X: tl.constexpr, dtype: tl.constexpr):
     """One half of the features, ``[rows, e]``, in the type that matmuls read."""
     if X == 0:
         out = s
     else:
-        shift = tl.load(shift_ptr + row, mask=rows_in, other=0.0)
-        exponent = tl.where(half == 0, s, -s) - shift[:, None]
-        out = tl.where(rows_in[:, None] & (e < E)[None, :], tl.exp(exponent), 0.0).to(dtype)
+        out = tl.exp(tl.where(half == 0, s, -s) - tl.load(shift_ptr + row)[:, None])
+        if not covered(E, e.shape[0]):
+            out = tl.where((e < E)[None, :], out, 0.0)
+        out = out.to(dtype)
     return out
 
 
 @triton.jit
-def features_t(s, shift_ptr, row, rows_in, e, half, E: tl.constexpr, X: tl.constexpr, dtype: tl.constexpr):
+def features_t(s, shift_ptr, row, e, half, E: tl.constexpr, X: tl.constexpr, dtype: tl.constexpr):
     """The same, transposed: ``[e, rows]``."""
     if X == 0:
         out = s
     else:
-        shift = tl.load(shift_ptr + row, mask=rows_in, other=0.0)
-        exponent = tl.where(half == 0, s, -s) - shift[None, :]
-        out = tl.where((e < E)[:, None] & rows_in[None, :], tl.exp(exponent), 0.0).to(dtype)
+        out = tl.exp(tl.where(half == 0, s, -s) - tl.load(shift_ptr + row)[None, :])
+        if not covered(E, e.shape[0]):
+            out = tl.where((e < E)[:, None], out, 0.0)
+        out = out.to(dtype)
     return out
 
 

@@ -53,7 +53,6 @@ def states_kernel(
     first = tl.program_id(2) == 0
     kv = load_tile(kv_ptr + head * F * H, f, h, inside, H)
     z = tl.load(z_ptr + head * F + f, mask=inside, other=0.0)
-    z = tl.where(tl.arange(0, 16)[None, :] == 0, z[:, None], 0.0)
     for n in tl.range(0, chunks, disable_licm=True):
         at = head * chunks + n
         rounded = kv.to(kvs_ptr.dtype.element_ty)
@@ -63,28 +62,28 @@ def states_kernel(
                 kvs_ptr + (tl.num_programs(0) * chunks + at) * F * H, f, h, inside, kv - rounded.to(tl.float32), H
             )
         if first:
-            tl.store(zs_ptr + at * F + f, tl.sum(z, 1), mask=inside)
-        token, kept = batch * T + n * C, n * C + place < T
+            tl.store(zs_ptr + at * F + f, z, mask=inside)
+        token, row = batch * T + n * C, tl.minimum(place, T - 1 - n * C)
         rows = k_ptr + (token * S + s) * F if X == 0 else k_ptr + (token * K + s // (S // K)) * X
-        key = scores_t(rows, k_map_ptr + s * X * E, place * STEP, kept, e, E, X, BX, PRECISION)
+        key = scores_t(rows, k_map_ptr + s * X * E, row * STEP, e, E, X, BX, PRECISION)
         shift = k_shift_ptr + half * batches * T * S + token * S + s
-        key = features_t(key, shift, place * S, kept, e, half, E, X, v_ptr.dtype.element_ty)
-        v = load_tile(v_ptr + (token * K + s // (S // K)) * H, place * K, h, kept, H)
+        key = features_t(key, shift, row * S, e, half, E, X, v_ptr.dtype.element_ty)
+        v = load_tile(v_ptr + (token * K + s // (S // K)) * H, row * K, h, None, H)
         take, keep = tl.load(take_ptr + at * C + place), tl.load(keep_ptr + at)
         taken = v.to(tl.float32) * take[:, None]
         kv = tl.dot(key, taken.to(v.dtype), keep * kv, input_precision=PRECISION)
         if PARTS > 1:
             rest = (taken - taken.to(v.dtype).to(tl.float32)).to(v.dtype)
             kv = tl.dot(key, rest, kv, input_precision=PRECISION)
-        z = tl.dot(key, in_columns(take, key.dtype), keep * z, input_precision=PRECISION)
+        z = keep * z + tl.sum(tl.dot(key, in_columns(take, key.dtype), input_precision=PRECISION), 1)
     store_tile(kv_out_ptr + head * F * H, f, h, inside, kv, H)
     if first:
-        tl.store(z_out_ptr + head * F + f, tl.sum(z, 1), mask=inside)
+        tl.store(z_out_ptr + head * F + f, z, mask=inside)
 
 
 @triton.jit
 def _write(
-    y_ptr, n_ptr, den_ptr, row, kept, h, num, den, own, first, H: tl.constexpr, NORMALIZE: tl.constexpr
+    y_ptr, n_ptr, row, kept, h, num, den, own, first, H: tl.constexpr, NORMALIZE: tl.constexpr
 ):  # fmt: skip
     held = den > SMALLEST
     safe = tl.where(held, den, 1.0)
@@ -96,13 +95,12 @@ def _write(
     store_tile(y_ptr, row, h, kept, y, H)
     if first:
         tl.store(n_ptr + row, tl.where(held, own + tl.log(safe), EMPTY), mask=kept)
-        tl.store(den_ptr + row, den, mask=kept)
 
 
 @triton.jit
 def outputs_kernel(
     q_ptr, q_map_ptr, q_shift_ptr, k_ptr, k_map_ptr, k_shift_ptr, v_ptr,
-    hi_ptr, lo_ptr, M_ptr, own_ptr, start_ptr, reads_ptr, kvs_ptr, zs_ptr, y_ptr, n_ptr, den_ptr, T, chunks,
+    hi_ptr, lo_ptr, M_ptr, own_ptr, start_ptr, reads_ptr, kvs_ptr, zs_ptr, y_ptr, n_ptr, T, chunks,
     N: tl.constexpr, S: tl.constexpr, K: tl.constexpr, F: tl.constexpr, H: tl.constexpr,
     X: tl.constexpr, BX: tl.constexpr,
     C: tl.constexpr, HEADS: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
@@ -118,10 +116,10 @@ def outputs_kernel(
     place = tl.arange(0, C)
     x = tl.arange(0, HEADS * C)
     i, r = x % C, block * HEADS + x // C
-    rows_in, keys_in = (n * C + i < T) & (r < N // S), n * C + place < T
+    rows_in, last = (n * C + i < T) & (r < N // S), T - 1 - n * C
     token = batch * T + n * C
     first_row = token * N + s * (N // S)
-    row = i * N + r
+    row, key_row = tl.minimum(i, last) * N + tl.minimum(r, N // S - 1), tl.minimum(place, last)
     at = head * chunks + n
 
     w = tl.zeros((HEADS * C, C), tl.float32)
@@ -135,14 +133,14 @@ def outputs_kernel(
     batches = tl.num_programs(0).to(tl.int64) // S
     for start in range(0, E, BF):
         e = start + tl.arange(0, BF)
-        s_q = scores(q_ptr, q_map_ptr, row, rows_in, e, E, X, BX, PRECISION)
-        s_k = scores_t(k_ptr, k_map_ptr + s * X * E, place * STEP, keys_in, e, E, X, BX, PRECISION)
+        s_q = scores(q_ptr, q_map_ptr, row, e, E, X, BX, PRECISION)
+        s_k = scores_t(k_ptr, k_map_ptr + s * X * E, key_row * STEP, e, E, X, BX, PRECISION)
         for half in tl.range(0, 1 if X == 0 else 2, disable_licm=True):
             f = half * E + e
             shift = q_shift_ptr + half * batches * T * N + first_row
-            q = features(s_q, shift, row, rows_in, e, half, E, X, v_ptr.dtype.element_ty)
+            q = features(s_q, shift, row, e, half, E, X, v_ptr.dtype.element_ty)
             shift = k_shift_ptr + half * batches * T * S + token * S + s
-            key = features_t(s_k, shift, place * S, keys_in, e, half, E, X, v_ptr.dtype.element_ty)
+            key = features_t(s_k, shift, key_row * S, e, half, E, X, v_ptr.dtype.element_ty)
             kv = load_tile(kvs_ptr + at * F * H, f, h, e < E, H)
             z = tl.load(zs_ptr + at * F + f, mask=e < E, other=0.0)
             w = tl.dot(q, key, w, input_precision=PRECISION)
@@ -152,17 +150,16 @@ def outputs_kernel(
     w *= pairs(hi_ptr, lo_ptr, M_ptr, start_ptr, at * C, i, C)
     reads = tl.load(reads_ptr + at * C + i)
     den = tl.sum(w, 1) + reads * tl.sum(reads_z, 1)
-    v = load_tile(v_ptr + (token * K + s // (S // K)) * H, place * K, h, keys_in, H)
+    v = load_tile(v_ptr + (token * K + s // (S // K)) * H, key_row * K, h, None, H)
     num = tl.dot(w.to(v.dtype), v, num * reads[:, None], input_precision=PRECISION)
     own = tl.load(own_ptr + at * C + i)
-    outs = (y_ptr + first_row * H, n_ptr + first_row, den_ptr + first_row)
-    _write(outs[0], outs[1], outs[2], row, rows_in, h, num, den, own, column == 0, H, NORMALIZE)
+    _write(y_ptr + first_row * H, n_ptr + first_row, row, rows_in, h, num, den, own, column == 0, H, NORMALIZE)
 
 
 @triton.jit
 def fused_kernel(
     q_ptr, k_ptr, v_ptr, kv_ptr, z_ptr, hi_ptr, lo_ptr, M_ptr, own_ptr, start_ptr, reads_ptr, take_ptr, keep_ptr,
-    y_ptr, n_ptr, den_ptr, kv_out_ptr, z_out_ptr, T, chunks,
+    y_ptr, n_ptr, kv_out_ptr, z_out_ptr, T, chunks,
     N: tl.constexpr, S: tl.constexpr, K: tl.constexpr, F: tl.constexpr, H: tl.constexpr,
     C: tl.constexpr, HEADS: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
     NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
@@ -178,33 +175,34 @@ def fused_kernel(
     i = x % C
     kv = load_tile(kv_ptr + head * F * H, f, h, f < F, H)
     z = tl.load(z_ptr + head * F + f, mask=f < F, other=0.0)
-    z = tl.where(tl.arange(0, 16)[None, :] == 0, z[:, None], 0.0)
     for n in tl.range(0, chunks, disable_licm=True):
         at = head * chunks + n
-        token, keys_in = batch * T + n * C, n * C + place < T
-        key = load_tile_t(k_ptr + (token * S + s) * F, place * S, f, keys_in, F)
-        v = load_tile(v_ptr + (token * K + s // (S // K)) * H, place * K, h, keys_in, H)
+        token, last = batch * T + n * C, T - 1 - n * C
+        key_row = tl.minimum(place, last)
+        key = load_tile_t(k_ptr + (token * S + s) * F, key_row * S, f, None, F)
+        v = load_tile(v_ptr + (token * K + s // (S // K)) * H, key_row * K, h, None, H)
         rounded = kv.to(v.dtype)
-        sums = in_columns(tl.sum(z, 1), v.dtype)
+        sums = in_columns(z, v.dtype)
+        decays = pairs(hi_ptr, lo_ptr, M_ptr, start_ptr, at * C, i, C)
+        reads = tl.load(reads_ptr + at * C + i)
+        own = tl.load(own_ptr + at * C + i)
+        first_row = token * N + s * (N // S)
         for block in tl.range(0, N // S, HEADS, disable_licm=True):
             r = block + x // C
-            rows_in = (n * C + i < T) & (r < N // S)
-            first_row = token * N + s * (N // S)
-            row = i * N + r
-            q = load_tile(q_ptr + first_row * F, row, f, rows_in, F)
-            w = tl.dot(q, key, input_precision=PRECISION)
-            w *= pairs(hi_ptr, lo_ptr, M_ptr, start_ptr, at * C, i, C)
-            reads = tl.load(reads_ptr + at * C + i)
-            den = tl.sum(w, 1) + reads * tl.sum(tl.dot(q, sums, input_precision=PRECISION), 1)
+            row = tl.minimum(i, last) * N + tl.minimum(r, N // S - 1)
+            q = load_tile(q_ptr + first_row * F, row, f, None, F)
+            den = reads * tl.sum(tl.dot(q, sums, input_precision=PRECISION), 1)
+            w = tl.dot(q, key, input_precision=PRECISION) * decays
+            den += tl.sum(w, 1)
+            w = w.to(v.dtype)
             num = reads[:, None] * tl.dot(q, rounded, input_precision=PRECISION)
-            num = tl.dot(w.to(v.dtype), v, num, input_precision=PRECISION)
-            own = tl.load(own_ptr + at * C + i)
-            outs = (y_ptr + first_row * H, n_ptr + first_row, den_ptr + first_row)
-            _write(outs[0], outs[1], outs[2], row, rows_in, h, num, den, own, first, H, NORMALIZE)
+            num = tl.dot(w, v, num, input_precision=PRECISION)
+            rows_in = (i <= last) & (r < N // S)
+            _write(y_ptr + first_row * H, n_ptr + first_row, row, rows_in, h, num, den, own, first, H, NORMALIZE)
         take, keep = tl.load(take_ptr + at * C + place), tl.load(keep_ptr + at)
         taken = (v.to(tl.float32) * take[:, None]).to(v.dtype)
         kv = tl.dot(key, taken, keep * kv, input_precision=PRECISION)
-        z = tl.dot(key, in_columns(take, key.dtype), keep * z, input_precision=PRECISION)
+        z = keep * z + tl.sum(tl.dot(key, in_columns(take, key.dtype), input_precision=PRECISION), 1)
     store_tile(kv_out_ptr + head * F * H, f, h, f < F, kv, H)
     if first:
-        tl.store(z_out_ptr + head * F + f, tl.sum(z, 1), mask=f < F)
+        tl.store(z_out_ptr + head * F + f, z, mask=f < F)

@@ -30,12 +30,13 @@ class Plan:
     """What may be tuned.
 
     Attributes:
-        chunk: tokens of a chunk: 16, 32, 64 or 128.
-        fused: outputs and states in one pass, or chunk states first and outputs from them.
+        chunk: tokens of a chunk where states come first and outputs from them, and of the gradient: 16, 32, 64 or 128.
+        fused: the same where one pass makes outputs and states; 0 where states come first.
+        forward: of that pass.
     """
 
     chunk: int
-    fused: bool
+    fused: int
     forward: Launch
     states: Launch
     outputs: Launch
@@ -50,35 +51,27 @@ def power(x: int, least: int = 1) -> int:
 
 
 def plan(problem: Problem, target: Target, chunk: int) -> Plan:
-    """What was measured to be fastest, else the largest tiles that compile without spills at the shapes of 7-8B models.
-
-    Outputs and states are computed in one pass where batch and heads fill the card once and a half; Ampere's registers
-    allow it only where every query head has a state of its own.
-    """
+    """What was measured to be fastest; else tiles that compile without spills at the shapes of 7-8B models."""
     wide = problem.dtype.itemsize > 2
     ampere = (capability(target.chip) or 90) < 90
     F, H, group = power(problem.F, 16), power(problem.H, 16), problem.N // problem.S
-    C = max(16, min(32 if wide else 64, 1 << (chunk.bit_length() - 1), power(problem.T)))
-    # Query heads have each a map of their own, so a tile of computed features is of one.
-    heads = 1 if problem.act else min(power(group), max(1, (64 if wide else 128) // C))
-    block = 32 if wide else 64
-    width = min(H, 32 if wide or ampere or F > 128 else 64)
-    room = F <= 128 or (group == 1 and not ampere)
-    fills = 2 * problem.B * problem.S * (H // width) >= 3 * _PROCESSORS.get(target.chip or "", 132)
-    tile = (min(F, block), min(H, block))
-    small = group == 1 and F <= 128  # one query head's rows and a state of half the registers
-    few = ampere and group > 1 and F <= 128
+    longest = max(16, min(1 << (chunk.bit_length() - 1), power(problem.T)))
+    C = min(32 if wide else 64, longest)
     if problem.act:
         return _mapped(problem, min(C, 16 if ampere and F > 128 else 32), ampere)
+    fused, forward = _one_pass(problem, target, longest)
     measured = None if wide or problem.T < 128 else tuned.choice(target.chip, problem.F, problem.H, group)
     if measured is not None:
         sizes: dict[str, Any] = {name: Launch(**x) if isinstance(x, dict) else x for name, x in measured.items()}
         best = Plan(**sizes)
-        return dataclasses.replace(best, fused=best.fused and fills)
+        return best if fused else dataclasses.replace(best, fused=0)
+    heads = min(power(group), max(1, (64 if wide else 128) // C))
+    tile = (min(F, 32 if wide else 64), min(H, 32 if wide else 64))
+    few = ampere and group > 1 and F <= 128
     return Plan(
         chunk=C,
-        fused=fills and room and (group == 1 or not ampere),
-        forward=Launch(F, width, heads, num_warps=4 if small else 8, num_stages=1),
+        fused=fused,
+        forward=forward,
         states=Launch(*tile, num_stages=3),
         outputs=Launch(tile[0], tile[1] if ampere else min(H, 128), heads, num_warps=8),
         cotangents=Launch(tile[0], min(H, 32) if ampere else tile[1], 1 if ampere else heads, num_warps=8),
@@ -87,13 +80,42 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     )
 
 
+def _one_pass(problem: Problem, target: Target, longest: int) -> tuple[int, Launch]:
+    """Chunk and tiles of the pass that makes outputs and states; the chunk is 0 where batch and heads are too few.
+
+    It has a program for each state head and tile of values, which is to leave no more than an eighth of the card
+    without one. Of the tiles that spill at most what no chunk changes, these take the fewest instructions a token by
+    the compiled code, which bound it: more query heads at once make more of a chunk's decays, wider tiles of values
+    more of its scores, longer chunks more of its state.
+    """
+    F, H, group = power(problem.F, 16), power(problem.H, 16), problem.N // problem.S
+    ampere = (capability(target.chip) or 90) < 90
+    if problem.dtype.itemsize > 2:
+        choices = [(32, 32, 2, 4 if group == 1 and F <= 128 else 8, 1)]
+    elif ampere and F <= 128:
+        choices = [[(64, 64, 1, 4, 1)], [(32, 64, 2, 4, 1)], [(16, 64, 4, 4, 1)]][min(group, 3) - 1]
+    elif ampere:
+        choices = [(64, 32, 1, 4, 1)] if group == 1 else [(32, 32, 4, 8, 1)]
+    elif F <= 128:
+        wider = [[], [(64, 128, 2, 8, 2)], [(32, 128, 4, 8, 2)]][min(group, 3) - 1]
+        choices = [*wider, (64, 64, 1, 4, 2) if group == 1 else (32, 64, 2, 4, 2)]
+    else:
+        choices = [(64, 64, 1, 8, 2) if group == 1 else (32, 64, 4, 8, 2)]
+    for chunk, width, heads, warps, stages in choices:
+        launch = Launch(F, min(H, width), min(power(group), heads), num_warps=warps, num_stages=stages)
+        programs = problem.B * problem.S * -(-problem.H // launch.width)
+        if 8 * programs >= 7 * _PROCESSORS.get(target.chip or "", 132):
+            return min(chunk, longest), launch
+    return 0, launch
+
+
 def _mapped(problem: Problem, C: int, ampere: bool) -> Plan:
     """Tiles of ``rows`` and ``keys`` hold a whole half of the features, for a softmax's gradient sums over it."""
     E, H, block = power(problem.F // 2, 16), power(problem.H, 16), 32 if problem.dtype.itemsize > 2 else 64
     tile = (min(E, block), min(H, block))
     return Plan(
         chunk=C,
-        fused=False,
+        fused=0,
         forward=Launch(E, H),
         states=Launch(*tile, num_warps=8),
         outputs=Launch(min(tile[0], 32) if E > 64 else tile[0], tile[1], num_warps=8, num_stages=1),
