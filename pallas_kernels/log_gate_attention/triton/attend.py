@@ -146,17 +146,10 @@ def backward(p: Problem, how: Plan, x: Operands, v, g, c, state: LinearState, co
     places = (p.B, p.S, chunks * C)
 
     blocks = _count(p.N // p.S, how.rows.heads)
-    out = [
-        _like((p.B, p.T, p.N, E), p.dtype),
-        _like(dn.shape),
-        _like(dn.shape),
-        _like((blocks, *places)),
-        _like((blocks, *places)),
-    ]
+    out = [_like((p.B, p.T, p.N, E), p.dtype), *[_like(dn.shape)] * 2, *[_like((blocks, *places))] * 2]
     arrays = (*x, v, dy, dn, *by[:6], *starts)
-    dq, a, b, dg_rows, dc_rows = _run(
-        rows_kernel, p, C, how.rows, arrays, out, (p.B * p.S, chunks, blocks), NORMALIZE=normalize
-    )
+    grid = (p.B * p.S, chunks, blocks)
+    dq, a, b, dg_rows, dc_rows = _run(rows_kernel, p, C, how.rows, arrays, out, grid, NORMALIZE=normalize)
 
     grid = _blocks(p, how.cotangents)
     out = [*_states(p, C, parts), _like(state.kv.shape), _like(state.z.shape), _like((*grid[1:], p.B, p.S, chunks))]

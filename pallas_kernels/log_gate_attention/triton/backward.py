@@ -18,7 +18,7 @@ import triton.language as tl
 from pallas_kernels.log_gate_attention.triton.decay import pairs, pairs_t, unscale
 from pallas_kernels.log_gate_attention.triton.features import features, features_t, scores, scores_t, to_scores
 from pallas_kernels.log_gate_attention.triton.forward import SMALLEST, block_of_features
-from pallas_kernels.log_gate_attention.triton.tiles import in_columns, load_tile, load_tile_t, store_tile
+from pallas_kernels.log_gate_attention.triton.tiles import in_columns, in_two, load_tile, load_tile_t, store_tile
 
 
 @triton.jit
@@ -49,23 +49,25 @@ def rows_kernel(
 ):  # fmt: skip
     """Gradients of ``HEADS`` query heads, their ``a`` and ``b``, and what reaches gates and key scales by outputs.
 
-    ``dq`` holds the cotangents of scores where there is a map, and a tile then holds all ``E``. ``dg`` and ``dc`` are
-    ``[blocks of query heads, B, S, L]``, to be summed over the first axis.
+    ``dq`` holds the cotangents of scores where there is a map, and a tile then holds all ``E``; a tile of all features
+    given spares a second product with the state. ``dg`` and ``dc`` are ``[blocks of query heads, B, S, L]``, to be
+    summed over the first axis.
     """
     head = tl.program_id(0).to(tl.int64)
     batch, s = head // S, head % S
     n, block = tl.program_id(1), tl.program_id(2)
     place = tl.arange(0, C)
     x = tl.arange(0, HEADS * C)
-    i, r = x % C, block * HEADS + x // C
-    rows_in, last = (n * C + i < T) & (r < N // S), T - 1 - n * C
+    i = x % C
+    last = T - 1 - n * C
+    key_row = tl.minimum(place, last)
     token = batch * T + n * C
     first_row = token * N + s * (N // S)
-    row, key_row = tl.minimum(i, last) * N + tl.minimum(r, N // S - 1), tl.minimum(place, last)
     at = head * chunks + n
     E: tl.constexpr = F if X == 0 else F // 2
     HALVES: tl.constexpr = 1 if X == 0 else 2
     STEP: tl.constexpr = S if X == 0 else K
+    WHOLE: tl.constexpr = X == 0 and BF >= F
     dtype: tl.constexpr = v_ptr.dtype.element_ty
     batches = tl.num_programs(0).to(tl.int64) // S
     q_ptr += first_row * (F if X == 0 else X)
@@ -77,78 +79,108 @@ def rows_kernel(
     dy_ptr += first_row * H
     k_ptr += (token * S + s) * F if X == 0 else (token * K + s // (S // K)) * X
     kvs_ptr += at * F * H
+    zs_ptr += at * F
     part_size = tl.num_programs(0).to(tl.int64) * chunks * F * H
     v_ptr += (token * K + s // (S // K)) * H
 
+    r = block * HEADS + x // C
+    rows_in = (i <= last) & (r < N // S)
+    row = tl.minimum(i, last) * N + tl.minimum(r, N // S - 1)
     on_values = tl.zeros((HEADS * C, C), tl.float32)
-    for start in range(0, H, BH):
+    for start in tl.range(0, H, BH, disable_licm=True):
         h = start + tl.arange(0, BH)
         dy = load_tile(dy_ptr, row, h, None, H)
         v = load_tile_t(v_ptr, key_row * K, h, None, H)
         on_values = tl.dot(dy, v, on_values, input_precision=PRECISION)
-    qk = tl.zeros((HEADS * C, C), tl.float32)
-    reads_kv = tl.zeros((HEADS * C,), tl.float32)
-    reads_z = tl.zeros((HEADS * C,), tl.float32)
-    for start in range(0, E, BF):
-        e = start + tl.arange(0, BF)
-        s_q = scores(q_ptr, q_map_ptr, row, e, E, X, BX, PRECISION)
-        s_k = scores_t(k_ptr, k_map_ptr, key_row * STEP, e, E, X, BX, PRECISION)
-        for half in tl.range(0, HALVES, disable_licm=True):
-            q = features(s_q, q_shift_ptr + half * batches * T * N, row, e, half, E, X, dtype)
-            k = features_t(s_k, k_shift_ptr + half * batches * T * S, key_row * S, e, half, E, X, dtype)
-            f = half * E + e
-            qk = tl.dot(q, k, qk, input_precision=PRECISION)
-            sums = in_columns(tl.load(zs_ptr + at * F + f, mask=e < E, other=0.0), dtype)
-            reads_z += tl.sum(tl.dot(q, sums, input_precision=PRECISION), 1)
-            if NORMALIZE:
-                on_state = _on_state(dy_ptr, kvs_ptr, part_size, row, f, e < E, HEADS * C, H, BF, BH, PARTS, PRECISION)
+    if WHOLE:
+        f = tl.arange(0, BF)
+        inside = None if BF == F else f < F
+        q = load_tile(q_ptr, row, f, None, F)
+        qk = tl.dot(q, load_tile_t(k_ptr, key_row * S, f, None, F), input_precision=PRECISION)
+        z = tl.load(zs_ptr + f) if BF == F else tl.load(zs_ptr + f, mask=f < F, other=0.0)
+        reads_z = tl.sum(tl.dot(q, in_columns(z, dtype), input_precision=PRECISION), 1)
+        on_state = _on_state(dy_ptr, kvs_ptr, part_size, row, f, inside, HEADS * C, H, BF, BH, PARTS, PRECISION)
+        reads_kv = tl.sum(q.to(tl.float32) * on_state, 1)
+    else:
+        qk = tl.zeros((HEADS * C, C), tl.float32)
+        reads_kv = tl.zeros((HEADS * C,), tl.float32)
+        reads_z = tl.zeros((HEADS * C,), tl.float32)
+        for start in range(0, E, BF):
+            e = start + tl.arange(0, BF)
+            s_q = scores(q_ptr, q_map_ptr, row, e, E, X, BX, PRECISION)
+            s_k = scores_t(k_ptr, k_map_ptr, key_row * STEP, e, E, X, BX, PRECISION)
+            for half in tl.range(0, HALVES, disable_licm=True):
+                q = features(s_q, q_shift_ptr + half * batches * T * N, row, e, half, E, X, dtype)
+                k = features_t(s_k, k_shift_ptr + half * batches * T * S, key_row * S, e, half, E, X, dtype)
+                f = half * E + e
+                qk = tl.dot(q, k, qk, input_precision=PRECISION)
+                sums = in_columns(tl.load(zs_ptr + f, mask=e < E, other=0.0), dtype)
+                reads_z += tl.sum(tl.dot(q, sums, input_precision=PRECISION), 1)
+                on_state = _on_state(
+                    dy_ptr, kvs_ptr, part_size, row, f, e < E, HEADS * C, H, BF, BH, PARTS, PRECISION
+                )
                 reads_kv += tl.sum(q.to(tl.float32) * on_state, 1)
 
     decays = pairs(hi_ptr, lo_ptr, M_ptr, start_ptr, at * C, i, C)
     reads = tl.load(reads_ptr + at * C + i)
-    den = tl.sum(qk * decays, 1) + reads * reads_z
+    w = qk * decays
+    den = tl.sum(w, 1) + reads * reads_z
     held = rows_in & (den > SMALLEST)
     over = tl.where(held, 1.0 / tl.where(held, den, 1.0), 0.0)
     dn = tl.load(dn_ptr + first_row + row, mask=rows_in, other=0.0)
     if NORMALIZE:
         a = over
-        b = (dn - (tl.sum(qk * decays * on_values, 1) + reads * reads_kv) * over) * over
+        b = (dn - (tl.sum(w * on_values, 1) + reads * reads_kv) * over) * over
     else:
-        half = unscale(tl.load(own_ptr + at * C + i))
-        a = tl.where(rows_in, half * half, 0.0)
+        half_level = unscale(tl.load(own_ptr + at * C + i))
+        a = tl.where(rows_in, half_level * half_level, 0.0)
         b = dn * over
     tl.store(a_ptr + first_row + row, a, mask=rows_in)
     tl.store(b_ptr + first_row + row, b, mask=rows_in)
 
-    dscores = decays * (a[:, None] * on_values + b[:, None])
-    rounded = dscores.to(dtype)
-    exponent = qk * dscores
-    since = tl.zeros((HEADS * C,), tl.float32)
-    for start in range(0, E, BF):
-        e = start + tl.arange(0, BF)
-        s_q = scores(q_ptr, q_map_ptr, row, e, E, X, BX, PRECISION)
-        s_k = scores(k_ptr, k_map_ptr, key_row * STEP, e, E, X, BX, PRECISION)
-        out = tl.zeros((HEADS * C, BF), tl.float32)
-        for half in tl.range(0, HALVES, disable_licm=True):
-            f = half * E + e
-            on_state = _on_state(dy_ptr, kvs_ptr, part_size, row, f, e < E, HEADS * C, H, BF, BH, PARTS, PRECISION)
-            z = tl.load(zs_ptr + at * F + f, mask=e < E, other=0.0)
-            on_state = reads[:, None] * (a[:, None] * on_state + b[:, None] * z[None, :])
-            q = features(s_q, q_shift_ptr + half * batches * T * N, row, e, half, E, X, dtype)
-            since += tl.sum(q.to(tl.float32) * on_state, 1)
-            k = features(s_k, k_shift_ptr + half * batches * T * S, key_row * S, e, half, E, X, dtype)
-            dq = tl.dot(rounded, k, on_state, input_precision=PRECISION)
-            out = dq if X == 0 else out + to_scores(q, dq, half, SOFTMAX)
-        store_tile(dq_ptr, row, e, rows_in, out, E)
+    dw = a[:, None] * on_values + b[:, None]
+    exponents = w * dw
+    since = reads * (a * reads_kv + b * reads_z)
+    dscores = (decays * dw).to(dtype)
+    if WHOLE:
+        carried = reads[:, None] * (a[:, None] * on_state + b[:, None] * z[None, :])
+        k = load_tile(k_ptr, key_row * S, f, None, F)
+        store_tile(dq_ptr, row, f, rows_in, tl.dot(dscores, k, carried, input_precision=PRECISION), F)
+    else:
+        for start in range(0, E, BF):
+            e = start + tl.arange(0, BF)
+            s_q = scores(q_ptr, q_map_ptr, row, e, E, X, BX, PRECISION)
+            s_k = scores(k_ptr, k_map_ptr, key_row * STEP, e, E, X, BX, PRECISION)
+            out = tl.zeros((HEADS * C, BF), tl.float32)
+            for half in tl.range(0, HALVES, disable_licm=True):
+                f = half * E + e
+                on_state = _on_state(
+                    dy_ptr, kvs_ptr, part_size, row, f, e < E, HEADS * C, H, BF, BH, PARTS, PRECISION
+                )
+                z = tl.load(zs_ptr + f, mask=e < E, other=0.0)
+                carried = reads[:, None] * (a[:, None] * on_state + b[:, None] * z[None, :])
+                k = features(s_k, k_shift_ptr + half * batches * T * S, key_row * S, e, half, E, X, dtype)
+                dq = tl.dot(dscores, k, carried, input_precision=PRECISION)
+                if X == 0:
+                    out = dq
+                else:
+                    q = features(s_q, q_shift_ptr + half * batches * T * N, row, e, half, E, X, dtype)
+                    out += to_scores(q, dq, half, SOFTMAX)
+            store_tile(dq_ptr, row, e, rows_in, out, E)
 
-    if HEADS > 1:
-        exponent = tl.sum(tl.reshape(exponent, (HEADS, C, C)), 0)
-        since = tl.sum(tl.reshape(since, (HEADS, C)), 0)
-    below = tl.cumsum(exponent, 0, reverse=True)
-    dg = tl.sum(tl.where(place[None, :] < place[:, None], below, 0.0), 1) + tl.cumsum(since, 0, reverse=True)
-    out = ((block * tl.num_programs(0) + head) * chunks + n) * C + place
-    tl.store(dg_ptr + out, dg)
-    tl.store(dc_ptr + out, tl.sum(exponent, 0))
+    # Sums over rows from each place on, of all heads; from the first on they are what reaches the keys.
+    later = tl.where(i[None, :] >= place[:, None], 1.0, 0.0).to(dtype)
+    if dtype == tl.float32:
+        below = tl.dot(later, exponents, input_precision=PRECISION)
+    else:
+        high, low = in_two(exponents, dtype)
+        below = tl.dot(later, low, tl.dot(later, high, input_precision=PRECISION), input_precision=PRECISION)
+    past = tl.sum(tl.dot(later, in_columns(since, dtype), input_precision=PRECISION), 1)
+    dg = tl.sum(tl.where(place[None, :] < place[:, None], below, 0.0), 1) + past
+    out = ((block * tl.num_programs(0) + head) * chunks + n) * C
+    tl.store(dg_ptr + out + place, dg)
+    first = (place[:, None] == 0) & (place[None, :] >= 0)
+    tl.store(dc_ptr + out + place[None, :] + tl.zeros((C, 1), tl.int32), below, mask=first)
 
 
 @triton.jit
@@ -179,10 +211,12 @@ def cotangents_kernel(
     for back in tl.range(0, chunks, disable_licm=True):
         n = chunks - 1 - back
         at = head * chunks + n
-        rounded = dkv.to(dkvs_ptr.dtype.element_ty)
-        store_tile(dkvs_ptr + at * F * H, f, h, inside, rounded, H)
         if PARTS > 1:
-            store_tile(dkvs_ptr + part_size + at * F * H, f, h, inside, dkv - rounded.to(tl.float32), H)
+            high, rest = in_two(dkv, dkvs_ptr.dtype.element_ty)
+            store_tile(dkvs_ptr + at * F * H, f, h, inside, high, H)
+            store_tile(dkvs_ptr + part_size + at * F * H, f, h, inside, rest, H)
+        else:
+            store_tile(dkvs_ptr + at * F * H, f, h, inside, dkv, H)
         if first:
             tl.store(dzs_ptr + at * F + f, dz, mask=inside)
         keep = tl.load(keep_ptr + at)
@@ -210,10 +244,12 @@ def cotangents_kernel(
             q = features_t(q, shift, row, e, half, E, X, dy_ptr.dtype.element_ty)
             dy = load_tile(dy_ptr + first_row * H, row, h, None, H)
             pulled = dy.to(tl.float32) * (reads * a)[:, None]
-            dkv = tl.dot(q, pulled.to(dy.dtype), dkv, input_precision=PRECISION)
             if PARTS > 1:
-                rest = (pulled - pulled.to(dy.dtype).to(tl.float32)).to(dy.dtype)
-                dkv = tl.dot(q, rest, dkv, input_precision=PRECISION)
+                pulled, left = in_two(pulled, dy.dtype)
+                dkv = tl.dot(q, pulled, dkv, input_precision=PRECISION)
+                dkv = tl.dot(q, left, dkv, input_precision=PRECISION)
+            else:
+                dkv = tl.dot(q, pulled.to(dy.dtype), dkv, input_precision=PRECISION)
             dz += tl.sum(tl.dot(q, in_columns(reads * b, q.dtype), input_precision=PRECISION), 1)
     store_tile(dkv_out_ptr + head * F * H, f, h, inside, dkv, H)
     if first:
@@ -286,6 +322,7 @@ def keys_kernel(
     dg = tl.sum(tl.where(j[None, :] < place[:, None], into[None, :], 0.0), 1)
     tl.store(dg_ptr + ((block * tl.num_programs(0) + head) * chunks + n) * C + place, dg)
 
+    decays = pairs_t(hi_ptr, lo_ptr, M_ptr, start_ptr, at * C, j, C)
     for r in tl.range(0, N // S, disable_licm=True):
         first_row = token * N + s * (N // S) + r
         row = tl.minimum(place, last) * N
@@ -299,7 +336,6 @@ def keys_kernel(
         if X > 0:
             q2 = features(s_q, q_shift_ptr + batches * T * N + first_row, row, e, 1, E, X, dtype)
             kq = tl.dot(k2, tl.trans(q2), kq, input_precision=PRECISION)
-        decays = pairs_t(hi_ptr, lo_ptr, M_ptr, start_ptr, at * C, j, C)
         weights = kq * decays * a[None, :]
         dv = tl.dot(weights.to(dtype), dy, dv, input_precision=PRECISION)
         on_values = tl.dot(v, tl.trans(dy), input_precision=PRECISION)

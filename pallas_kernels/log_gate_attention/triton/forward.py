@@ -15,7 +15,7 @@ import triton.language as tl
 
 from pallas_kernels.log_gate_attention.triton.decay import EMPTY, pairs, unscale
 from pallas_kernels.log_gate_attention.triton.features import features, features_t, scores, scores_t
-from pallas_kernels.log_gate_attention.triton.tiles import in_columns, load_tile, load_tile_t, store_tile
+from pallas_kernels.log_gate_attention.triton.tiles import in_columns, in_two, load_tile, load_tile_t, store_tile
 
 SMALLEST = tl.constexpr(1e-30)
 
@@ -39,8 +39,8 @@ def states_kernel(
 ):  # fmt: skip
     """The state before each chunk and after the last: a program per head and ``[BF, BH]`` block, from chunk to chunk.
 
-    The first part of ``kvs[PARTS, B, S, chunks, F, H]`` is rounded to what matmuls read, the second what rounding took,
-    which gradients want; then nor is what the state takes rounded. ``zs[B, S, chunks, F]`` is fp32.
+    Gradients want ``kvs[PARTS, B, S, chunks, F, H]`` in two parts, as matmuls read them; then nor is what the state takes
+    rounded to one. ``zs[B, S, chunks, F]`` is fp32.
     """
     head = tl.program_id(0).to(tl.int64)
     batch, s = head // S, head % S
@@ -55,12 +55,12 @@ def states_kernel(
     z = tl.load(z_ptr + head * F + f, mask=inside, other=0.0)
     for n in tl.range(0, chunks, disable_licm=True):
         at = head * chunks + n
-        rounded = kv.to(kvs_ptr.dtype.element_ty)
-        store_tile(kvs_ptr + at * F * H, f, h, inside, rounded, H)
         if PARTS > 1:
-            store_tile(
-                kvs_ptr + (tl.num_programs(0) * chunks + at) * F * H, f, h, inside, kv - rounded.to(tl.float32), H
-            )
+            high, rest = in_two(kv, kvs_ptr.dtype.element_ty)
+            store_tile(kvs_ptr + at * F * H, f, h, inside, high, H)
+            store_tile(kvs_ptr + (tl.num_programs(0) * chunks + at) * F * H, f, h, inside, rest, H)
+        else:
+            store_tile(kvs_ptr + at * F * H, f, h, inside, kv, H)
         if first:
             tl.store(zs_ptr + at * F + f, z, mask=inside)
         token, row = batch * T + n * C, tl.minimum(place, T - 1 - n * C)
@@ -71,10 +71,12 @@ def states_kernel(
         v = load_tile(v_ptr + (token * K + s // (S // K)) * H, row * K, h, None, H)
         take, keep = tl.load(take_ptr + at * C + place), tl.load(keep_ptr + at)
         taken = v.to(tl.float32) * take[:, None]
-        kv = tl.dot(key, taken.to(v.dtype), keep * kv, input_precision=PRECISION)
         if PARTS > 1:
-            rest = (taken - taken.to(v.dtype).to(tl.float32)).to(v.dtype)
-            kv = tl.dot(key, rest, kv, input_precision=PRECISION)
+            taken, left = in_two(taken, v.dtype)
+            kv = tl.dot(key, taken, keep * kv, input_precision=PRECISION)
+            kv = tl.dot(key, left, kv, input_precision=PRECISION)
+        else:
+            kv = tl.dot(key, taken.to(v.dtype), keep * kv, input_precision=PRECISION)
         z = keep * z + tl.sum(tl.dot(key, in_columns(take, key.dtype), input_precision=PRECISION), 1)
     store_tile(kv_out_ptr + head * F * H, f, h, inside, kv, H)
     if first:

@@ -66,17 +66,34 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
         best = Plan(**sizes)
         return best if fused else dataclasses.replace(best, fused=0)
     heads = min(power(group), max(1, (64 if wide else 128) // C))
-    tile = (min(F, 32 if wide else 64), min(H, 32 if wide else 64))
-    few = ampere and group > 1 and F <= 128
+    block, grouped = 32 if wide else 64, group > 1
+    tile = (min(F, block), min(H, block))
+    # A scan over chunks has a program for each state head and tile: large ones where that many fill the card.
+    full = 2 * problem.B * problem.S >= _PROCESSORS.get(target.chip or "", 132)
+    scan = (min(F, 128), tile[1]) if full and not wide else tile
+    keys_at_once = (64 if grouped else 32) if F <= 128 else (32 if grouped else 16)
+    if wide:
+        cotangents = Launch(*tile, 1 if ampere else heads, num_warps=8)
+        rows = Launch(*tile, 1 if ampere else heads, num_warps=8)
+        keys = Launch(F, H, keys=min(C, 16), num_warps=8, num_stages=2 if ampere and grouped and F <= 128 else 1)
+    elif ampere:
+        cotangents = Launch(scan[0], scan[1] if grouped else min(H, 32))
+        rows = Launch(*tile, num_stages=1) if F <= 128 else Launch(*tile, num_warps=8)
+        keys = Launch(F, H, keys=min(C, keys_at_once), num_warps=8, num_stages=1 + grouped)
+    else:
+        cotangents = Launch(*scan, num_stages=1 + grouped)
+        whole = (F, H) if F <= 128 else tile
+        rows = Launch(*whole, heads, num_warps=8, num_stages=1 + (grouped or F > 128))
+        keys = Launch(F, H, keys=min(C, keys_at_once), num_warps=8, num_stages=1 + grouped)
     return Plan(
         chunk=C,
         fused=fused,
         forward=forward,
-        states=Launch(*tile, num_stages=3),
+        states=Launch(*scan, num_stages=3),
         outputs=Launch(tile[0], tile[1] if ampere else min(H, 128), heads, num_warps=8),
-        cotangents=Launch(tile[0], min(H, 32) if ampere else tile[1], 1 if ampere else heads, num_warps=8),
-        rows=Launch(tile[0], min(H, 32) if ampere else tile[1], 1 if ampere else heads, num_warps=8),
-        keys=Launch(F, H, keys=min(C, 16 if few or wide else 32), num_warps=8, num_stages=2 if few else 1),
+        cotangents=cotangents,
+        rows=rows,
+        keys=keys,
     )
 
 
