@@ -49,19 +49,27 @@ def store_tile(ptr, row, column, rows_in, x, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _cut(x):
+    """The bf16 numbers next to the fp32 numbers ``x`` towards 0."""
+    return (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def in_two(x, dtype: tl.constexpr):
-    """Numbers of a narrower ``dtype`` that sum to 16 bits of the fp32 numbers ``x``; the first are cut off."""
-    high = (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    """Numbers of ``dtype``, bf16, that sum to 16 bits of the fp32 numbers ``x``."""
+    high = _cut(x)
     return high.to(dtype), (x - high).to(dtype)
 
 
 @triton.jit
 def in_columns(x, dtype: tl.constexpr):
-    """``[L, 16]`` of ``dtype`` whose rows sum to the fp32 numbers ``x``, or to 16 bits of them in bf16."""
+    """``[L, 16]`` of ``dtype`` whose rows sum to the fp32 numbers ``x``: a matrix unit reads them without rounding."""
     column = tl.arange(0, 16)[None, :]
     if dtype == tl.float32:
         out = tl.where(column == 0, x[:, None], 0.0)
     else:
-        high, rest = in_two(x, dtype)
-        out = tl.where(column == 0, high[:, None], tl.where(column == 1, rest[:, None], tl.full((1, 1), 0.0, dtype)))
+        high = _cut(x)
+        middle = _cut(x - high)
+        rest = tl.where(column == 1, middle[:, None], tl.where(column == 2, (x - high - middle)[:, None], 0.0))
+        out = tl.where(column == 0, high[:, None], rest).to(dtype)
     return out
