@@ -52,7 +52,7 @@ class Operands(NamedTuple):
 
 
 def _run(kernel, p: Problem, C: int, how: Launch, arrays, out_shape, grid, **sizes):
-    given = {"N": p.N, "K": p.K, "HEADS": how.heads, "KEYS": how.keys, "BF": how.features, "BH": how.width}
+    given = {"N": p.N, "K": p.K, "HEADS": how.heads, "PLACES": min(C, how.places), "BF": how.features, "BH": how.width}
     given |= {"PARTS": _parts(p), "PRECISION": _precision(p)}
     given |= {"X": p.width or 0, "BX": power(p.width or 16, 16), "SOFTMAX": p.act == "softmax"} | sizes
     return launch(
@@ -145,7 +145,7 @@ def backward(p: Problem, how: Plan, x: Operands, v, g, c, state: LinearState, co
     chunks, E = _count(p.T, C), p.F // 2 if p.act else p.F
     places = (p.B, p.S, chunks * C)
 
-    blocks = _count(p.N // p.S, how.rows.heads)
+    blocks = _count(p.N // p.S, how.rows.heads) * _count(C, how.rows.places)
     out = [_like((p.B, p.T, p.N, E), p.dtype), *[_like(dn.shape)] * 2, *[_like((blocks, *places))] * 2]
     arrays = (*x, v, dy, dn, *by[:6], *starts)
     grid = (p.B * p.S, chunks, blocks)
@@ -156,7 +156,7 @@ def backward(p: Problem, how: Plan, x: Operands, v, g, c, state: LinearState, co
     arrays = (*x[:3], dy, a, b, dstate.kv, dstate.z, by.reads, by.keep, *starts)
     *ends, dkv, dz, kept = _run(cotangents_kernel, p, C, how.cotangents, arrays, out, grid)
 
-    blocks, shared = C // how.keys.keys, p.S // p.K
+    blocks, shared = _count(C, how.keys.places), p.S // p.K
     out = [_like((p.B, p.T, p.S, E), p.dtype), _like((p.B, p.T, p.S, p.H), p.dtype if shared == 1 else jnp.float32)]
     out += [_like((blocks, *places)), _like(places)]
     arrays = (*x, v, dy, a, b, by.hi, by.lo, by.M, by.start, by.take, *ends)

@@ -44,21 +44,22 @@ def rows_kernel(
     dq_ptr, a_ptr, b_ptr, dg_ptr, dc_ptr, T, chunks,
     N: tl.constexpr, S: tl.constexpr, K: tl.constexpr, F: tl.constexpr, H: tl.constexpr,
     X: tl.constexpr, BX: tl.constexpr, SOFTMAX: tl.constexpr,
-    C: tl.constexpr, HEADS: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
+    C: tl.constexpr, HEADS: tl.constexpr, PLACES: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
     PARTS: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of ``HEADS`` query heads, their ``a`` and ``b``, and what reaches gates and key scales by outputs.
+    """Gradients of ``PLACES`` queries of ``HEADS`` heads, their ``a`` and ``b``, and what reaches gates and key scales by outputs.
 
     ``dq`` holds the cotangents of scores where there is a map, and a tile then holds all ``E``; a tile of all features
-    given spares a second product with the state. ``dg`` and ``dc`` are ``[blocks of query heads, B, S, L]``, to be
+    given spares a second product with the state. ``dg`` and ``dc`` are ``[blocks of queries, B, S, L]``, to be
     summed over the first axis.
     """
     head = tl.program_id(0).to(tl.int64)
     batch, s = head // S, head % S
     n, block = tl.program_id(1), tl.program_id(2)
     place = tl.arange(0, C)
-    x = tl.arange(0, HEADS * C)
-    i = x % C
+    x = tl.arange(0, HEADS * PLACES)
+    parts: tl.constexpr = C // PLACES
+    i = (block % parts) * PLACES + x % PLACES
     last = T - 1 - n * C
     key_row = tl.minimum(place, last)
     token = batch * T + n * C
@@ -71,7 +72,7 @@ def rows_kernel(
     dtype: tl.constexpr = v_ptr.dtype.element_ty
     batches = tl.num_programs(0).to(tl.int64) // S
     q_ptr += first_row * (F if X == 0 else X)
-    q_map_ptr += (s * (N // S) + block) * X * E
+    q_map_ptr += (s * (N // S) + block // parts) * X * E
     q_shift_ptr += first_row
     k_shift_ptr += token * S + s
     k_map_ptr += s * X * E
@@ -83,10 +84,10 @@ def rows_kernel(
     part_size = tl.num_programs(0).to(tl.int64) * chunks * F * H
     v_ptr += (token * K + s // (S // K)) * H
 
-    r = block * HEADS + x // C
+    r = (block // parts) * HEADS + x // PLACES
     rows_in = (i <= last) & (r < N // S)
     row = tl.minimum(i, last) * N + tl.minimum(r, N // S - 1)
-    on_values = tl.zeros((HEADS * C, C), tl.float32)
+    on_values = tl.zeros((HEADS * PLACES, C), tl.float32)
     for start in tl.range(0, H, BH, disable_licm=True):
         h = start + tl.arange(0, BH)
         dy = load_tile(dy_ptr, row, h, None, H)
@@ -99,12 +100,12 @@ def rows_kernel(
         qk = tl.dot(q, load_tile_t(k_ptr, key_row * S, f, None, F), input_precision=PRECISION)
         z = tl.load(zs_ptr + f) if BF == F else tl.load(zs_ptr + f, mask=f < F, other=0.0)
         reads_z = tl.sum(tl.dot(q, in_columns(z, dtype), input_precision=PRECISION), 1)
-        on_state = _on_state(dy_ptr, kvs_ptr, part_size, row, f, inside, HEADS * C, H, BF, BH, PARTS, PRECISION)
+        on_state = _on_state(dy_ptr, kvs_ptr, part_size, row, f, inside, HEADS * PLACES, H, BF, BH, PARTS, PRECISION)
         reads_kv = tl.sum(q.to(tl.float32) * on_state, 1)
     else:
-        qk = tl.zeros((HEADS * C, C), tl.float32)
-        reads_kv = tl.zeros((HEADS * C,), tl.float32)
-        reads_z = tl.zeros((HEADS * C,), tl.float32)
+        qk = tl.zeros((HEADS * PLACES, C), tl.float32)
+        reads_kv = tl.zeros((HEADS * PLACES,), tl.float32)
+        reads_z = tl.zeros((HEADS * PLACES,), tl.float32)
         for start in range(0, E, BF):
             e = start + tl.arange(0, BF)
             s_q = scores(q_ptr, q_map_ptr, row, e, E, X, BX, PRECISION)
@@ -117,7 +118,7 @@ def rows_kernel(
                 sums = in_columns(tl.load(zs_ptr + f, mask=e < E, other=0.0), dtype)
                 reads_z += tl.sum(tl.dot(q, sums, input_precision=PRECISION), 1)
                 on_state = _on_state(
-                    dy_ptr, kvs_ptr, part_size, row, f, e < E, HEADS * C, H, BF, BH, PARTS, PRECISION
+                    dy_ptr, kvs_ptr, part_size, row, f, e < E, HEADS * PLACES, H, BF, BH, PARTS, PRECISION
                 )
                 reads_kv += tl.sum(q.to(tl.float32) * on_state, 1)
 
@@ -151,11 +152,11 @@ def rows_kernel(
             e = start + tl.arange(0, BF)
             s_q = scores(q_ptr, q_map_ptr, row, e, E, X, BX, PRECISION)
             s_k = scores(k_ptr, k_map_ptr, key_row * STEP, e, E, X, BX, PRECISION)
-            out = tl.zeros((HEADS * C, BF), tl.float32)
+            out = tl.zeros((HEADS * PLACES, BF), tl.float32)
             for half in tl.range(0, HALVES, disable_licm=True):
                 f = half * E + e
                 on_state = _on_state(
-                    dy_ptr, kvs_ptr, part_size, row, f, e < E, HEADS * C, H, BF, BH, PARTS, PRECISION
+                    dy_ptr, kvs_ptr, part_size, row, f, e < E, HEADS * PLACES, H, BF, BH, PARTS, PRECISION
                 )
                 z = tl.load(zs_ptr + f, mask=e < E, other=0.0)
                 carried = reads[:, None] * (a[:, None] * on_state + b[:, None] * z[None, :])
@@ -278,20 +279,20 @@ def keys_kernel(
     dk_ptr, dv_ptr, dg_ptr, dc_ptr, T, chunks,
     N: tl.constexpr, S: tl.constexpr, K: tl.constexpr, F: tl.constexpr, H: tl.constexpr,
     X: tl.constexpr, BX: tl.constexpr, SOFTMAX: tl.constexpr,
-    C: tl.constexpr, KEYS: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
+    C: tl.constexpr, PLACES: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
     PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of ``KEYS`` keys and values, and what reaches gates and key scales through the state after the chunk.
+    """Gradients of ``PLACES`` keys and values, and what reaches gates and key scales through the state after the chunk.
 
     ``dk`` holds the cotangents of scores where there is a map, and a tile then holds all ``E``. ``dv`` is
-    ``[B, T, S, H]``: state heads that share values each give their part. ``dg[C / KEYS, B, S, L]`` is to be summed over
+    ``[B, T, S, H]``: state heads that share values each give their part. ``dg[C / PLACES, B, S, L]`` is to be summed over
     the first axis.
     """
     head = tl.program_id(0).to(tl.int64)
     batch, s = head // S, head % S
     n, block = tl.program_id(1), tl.program_id(2)
     place = tl.arange(0, C)
-    j = block * KEYS + tl.arange(0, KEYS)
+    j = block * PLACES + tl.arange(0, PLACES)
     e, h = tl.arange(0, BF), tl.arange(0, BH)
     rows_in, keys_in, last = n * C + place < T, n * C + j < T, T - 1 - n * C
     key_row = tl.minimum(j, last)
@@ -307,7 +308,7 @@ def keys_kernel(
     k = features(s_k, k_shift_ptr, key_row * S, e, 0, E, X, dtype)
     v = load_tile(v_ptr + (token * K + s // (S // K)) * H, key_row * K, h, None, H)
     take = tl.load(take_ptr + at * C + j)
-    dv = tl.zeros((KEYS, BH), tl.float32)
+    dv = tl.zeros((PLACES, BH), tl.float32)
     dkvs_ptr += at * F * H
     part_size = tl.num_programs(0).to(tl.int64) * chunks * F * H
     dzs_ptr += at * F

@@ -15,6 +15,8 @@ import triton.language as tl
 
 from pallas_kernels.log_gate_attention.triton.tiles import covered, load_tile, load_tile_t
 
+BLOCK = tl.constexpr(64)  # of a map's rows in registers at once
+
 
 @triton.jit
 def shifts_kernel(
@@ -52,10 +54,12 @@ def scores(
     if X == 0:
         out = load_tile(x_ptr, row, e, None, E)
     else:
-        column = tl.arange(0, BX)
-        x = load_tile(x_ptr, row, column, None, X)
-        rows_in = None if BX == X else column < X
-        out = tl.dot(x, load_tile(map_ptr, column, e, rows_in, E), input_precision=PRECISION)
+        out = tl.zeros((row.shape[0], e.shape[0]), tl.float32)
+        for start in tl.range(0, BX, min(BX, BLOCK), disable_licm=True):
+            column = start + tl.arange(0, min(BX, BLOCK))
+            x = load_tile(x_ptr, row, column, None, X)
+            rows_in = None if BX == X else column < X
+            out = tl.dot(x, load_tile(map_ptr, column, e, rows_in, E), out, input_precision=PRECISION)
     return out
 
 
@@ -67,10 +71,12 @@ def scores_t(
     if X == 0:
         out = load_tile_t(x_ptr, row, e, None, E)
     else:
-        column = tl.arange(0, BX)
-        x = load_tile_t(x_ptr, row, column, None, X)
-        rows_in = None if BX == X else column < X
-        out = tl.dot(load_tile_t(map_ptr, column, e, rows_in, E), x, input_precision=PRECISION)
+        out = tl.zeros((e.shape[0], row.shape[0]), tl.float32)
+        for start in tl.range(0, BX, min(BX, BLOCK), disable_licm=True):
+            column = start + tl.arange(0, min(BX, BLOCK))
+            x = load_tile_t(x_ptr, row, column, None, X)
+            rows_in = None if BX == X else column < X
+            out = tl.dot(load_tile_t(map_ptr, column, e, rows_in, E), x, out, input_precision=PRECISION)
     return out
 
 

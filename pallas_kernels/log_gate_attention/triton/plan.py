@@ -15,12 +15,12 @@ _PROCESSORS = {"sm_80": 108, "sm_90": 132}
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Of one kernel: columns of features and of values in a tile, query heads or keys in its rows; how it is run."""
+    """Of one kernel: columns of features and of values in a tile, query heads and places in its rows; how it is run."""
 
     features: int
     width: int
     heads: int = 1
-    keys: int = 1
+    places: int = 64
     num_warps: int = 4
     num_stages: int = 2
 
@@ -58,7 +58,7 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     longest = max(16, min(1 << (chunk.bit_length() - 1), power(problem.T)))
     C = min(32 if wide else 64, longest)
     if problem.act:
-        return _mapped(problem, min(C, 16 if ampere and F > 128 else 32), ampere)
+        return _mapped(problem, min(C, 64 if F <= 128 else 32), ampere)
     fused, forward = _one_pass(problem, target, longest)
     measured = None if wide or problem.T < 128 else tuned.choice(target.chip, problem.F, problem.H, group)
     if measured is not None:
@@ -75,16 +75,16 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     if wide:
         cotangents = Launch(*tile, 1 if ampere else heads, num_warps=8)
         rows = Launch(*tile, 1 if ampere else heads, num_warps=8)
-        keys = Launch(F, H, keys=min(C, 16), num_warps=8, num_stages=2 if ampere and grouped and F <= 128 else 1)
+        keys = Launch(F, H, places=16, num_warps=8, num_stages=2 if ampere and grouped and F <= 128 else 1)
     elif ampere:
         cotangents = Launch(scan[0], scan[1] if grouped else min(H, 32))
         rows = Launch(*tile, num_stages=1) if F <= 128 else Launch(*tile, num_warps=8)
-        keys = Launch(F, H, keys=min(C, keys_at_once), num_warps=8, num_stages=1 + grouped)
+        keys = Launch(F, H, places=keys_at_once, num_warps=8, num_stages=1 + grouped)
     else:
         cotangents = Launch(*scan, num_stages=1 + grouped)
         whole = (F, H) if F <= 128 else tile
         rows = Launch(*whole, heads, num_warps=8, num_stages=1 + (grouped or F > 128))
-        keys = Launch(F, H, keys=min(C, keys_at_once), num_warps=8, num_stages=1 + grouped)
+        keys = Launch(F, H, places=keys_at_once, num_warps=8, num_stages=1 + grouped)
     return Plan(
         chunk=C,
         fused=fused,
@@ -129,7 +129,7 @@ def _one_pass(problem: Problem, target: Target, longest: int) -> tuple[int, Laun
 def _mapped(problem: Problem, C: int, ampere: bool) -> Plan:
     """Tiles of ``rows`` and ``keys`` hold a whole half of the features, for a softmax's gradient sums over it."""
     E, H, block = power(problem.F // 2, 16), power(problem.H, 16), 32 if problem.dtype.itemsize > 2 else 64
-    tile = (min(E, block), min(H, block))
+    tile, few = (min(E, block), min(H, block)), ampere and E <= 64
     return Plan(
         chunk=C,
         fused=0,
@@ -137,6 +137,6 @@ def _mapped(problem: Problem, C: int, ampere: bool) -> Plan:
         states=Launch(*tile, num_warps=8),
         outputs=Launch(min(tile[0], 32) if E > 64 else tile[0], tile[1], num_warps=8, num_stages=1),
         cotangents=Launch(tile[0], min(H, 32) if ampere else tile[1], num_warps=8, num_stages=1),
-        rows=Launch(E, min(H, 2 * block), num_warps=8, num_stages=1),
-        keys=Launch(E, H, keys=16, num_warps=8, num_stages=1),
+        rows=Launch(E, min(H, 2 * block), places=C // 2 if ampere else C, num_warps=8, num_stages=1 + few),
+        keys=Launch(E, H, places=16, num_warps=8, num_stages=1),
     )
