@@ -28,8 +28,9 @@ VALUES = parity.Draw(seed=3, gate="mixed", segment="packed", feature="positive",
 
 
 def errors(monkeypatch, how: Plan, shape: Shape, dtype: str) -> dict[str, float]:
-    attend = importlib.import_module("pallas_kernels.log_gate_attention.triton.attend")
-    monkeypatch.setattr(attend, "plan", lambda problem, target, chunk: how)
+    for name in ("attend", "attend_mapped"):
+        module = importlib.import_module(f"pallas_kernels.log_gate_attention.triton.{name}")
+        monkeypatch.setattr(module, "plan", lambda problem, target, chunk: how)
     parity._measured.cache_clear()
     try:
         return parity.errors("triton", shape, VALUES, dtype)
@@ -53,6 +54,23 @@ def test_one_pass_and_two_agree_with_the_recurrence(monkeypatch, fused, normaliz
     """With several blocks of features, of values and of query heads, the last of them not full."""
     shape = Shape(1, 35, 3, 1, 1, 48, 32, normalize=normalize)
     assert max(errors(monkeypatch, small(fused=fused), shape, dtype).values()) <= parity.TOLERANCE[dtype]
+
+
+@needs_triton
+@pytest.mark.parametrize(("act", "dtype"), [("softmax", "bfloat16"), ("exp", "float32")])
+def test_one_pass_from_raw_queries_agrees_with_the_recurrence(monkeypatch, act, dtype):
+    """With halves of features that do not fill their tile and several blocks of values, the last of them not full."""
+    tiles = {"cotangents": Launch(16, 16), "rows": Launch(32, 16, places=16), "keys": Launch(32, 64, places=16)}
+    how = small(chunk=32, fused=16, forward=Launch(32, 32), **tiles)  # a query head has a map of its own
+    shape = Shape(2, 35, 4, 2, 2, 48, 48, act=act, X=80)
+    assert max(errors(monkeypatch, how, shape, dtype).values()) <= parity.TOLERANCE[dtype]
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_chunk_of_several_tiles_of_queries(monkeypatch, dtype):
+    how = small(chunk=32, rows=Launch(64, 32, heads=2, places=16))
+    assert max(errors(monkeypatch, how, Shape(2, 70, 4, 1, 1, 48, 32), dtype).values()) <= parity.TOLERANCE[dtype]
 
 
 @needs_triton

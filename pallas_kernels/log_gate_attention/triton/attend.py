@@ -115,6 +115,7 @@ def chunk_states(p: Problem, how: Plan, x: Operands, v, state: LinearState, by: 
 def forward(p: Problem, how: Plan, x: Operands, v, g, c, state: LinearState, normalize: bool):
     """``(y, n, final state)``."""
     from pallas_kernels.log_gate_attention.triton.forward import fused_kernel, outputs_kernel
+    from pallas_kernels.log_gate_attention.triton.fused_mapped import fused_mapped_kernel
 
     rows = (p.B, p.T, p.N)
     out = [_like((*rows, p.H), p.dtype), _like(rows)]
@@ -123,8 +124,8 @@ def forward(p: Problem, how: Plan, x: Operands, v, g, c, state: LinearState, nor
         by = decays(p, how.fused, g, c, state.m)
         out += [_like(state.kv.shape), _like(state.z.shape)]
         grid = (_count(p.H, how.forward.width), p.B * p.S, 1)
-        arrays = (x.q, x.k, v, state.kv, state.z, *by[:8])
-        y, n, kv, z = run(fused_kernel, p, how.fused, how.forward, arrays, out, grid)
+        kernel, given = (fused_mapped_kernel, (x.q, x.q_map, *x[3:])) if p.act else (fused_kernel, (x.q, x.k))
+        y, n, kv, z = run(kernel, p, how.fused, how.forward, (*given, v, state.kv, state.z, *by[:8]), out, grid)
         return y, n, LinearState(kv, z, by.m_last)
     by = decays(p, how.chunk, g, c, state.m)
     starts, last = chunk_states(p, how, x, v, state, by, parts=1)

@@ -41,19 +41,25 @@ def _shifts(x: Float[Array, "B T raw X"], a: Float[Array, "heads X E"], act: Act
     )  # fmt: skip
 
 
-def _prepared(q, k, c, q_map, k_map, act: Act) -> tuple[Operands, Array]:
-    """What the kernels read, and key scales with those of the features in them."""
+def _prepared(q, k, c, q_map, k_map, act: Act, fused: bool) -> tuple[Operands, Array]:
+    """What the kernels read, and key scales with those of the features in them.
+
+    The fused one finds the scales of features itself, but for those that are part of the keys'.
+    """
     q_map, k_map = q_map.astype(q.dtype), k_map.astype(q.dtype)
-    x = Operands(q, q_map, _shifts(q, q_map, act), k, k_map, _shifts(k, k_map, act))
+    unread = jnp.zeros((1,), jnp.float32)
+    q_shift = unread if fused else _shifts(q, q_map, act)
+    k_shift = unread if fused and act == "softmax" else _shifts(k, k_map, act)
+    x = Operands(q, q_map, q_shift, k, k_map, k_shift)
     return x, c if act == "softmax" else jnp.where(c > ABSENT, c + x.k_shift[0], c)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
 def attend_mapped_by(q, k, v, g, c, state: LinearState, q_map, k_map, act: Act, how: Plan):
     """``attend_mapped`` with every size given."""
-    x, c = _prepared(q, k, c, q_map, k_map, act)
+    x, c = _prepared(q, k, c, q_map, k_map, act, how.fused > 0)
     y, n, last = forward(_problem(q, k, v, k_map, act), how, x, v, g, c, state, True)
-    if act == "exp":
+    if act == "exp" and not how.fused:
         n = jnp.where(n > ABSENT, n + x.q_shift[0], n)
     return y, n, last
 
@@ -74,7 +80,7 @@ def _to_raw(ds: Float[Array, "B T heads E"], x: Float[Array, "B T raw X"], a: Fl
 
 def _attend_bwd(act, how, saved, cotangents):
     q, k, v, g, c, state, q_map, k_map = saved
-    x, c = _prepared(q, k, c, q_map, k_map, act)
+    x, c = _prepared(q, k, c, q_map, k_map, act, False)
     p = _problem(q, k, v, k_map, act)
     dq, dk, dv, dg, dc, dstate = backward(p, how, x, v, g, c, state, cotangents, True)
     dq, dq_map = _to_raw(dq, q, q_map)

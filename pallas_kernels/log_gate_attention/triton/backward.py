@@ -47,7 +47,7 @@ def rows_kernel(
     C: tl.constexpr, HEADS: tl.constexpr, PLACES: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
     PARTS: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of ``PLACES`` queries of ``HEADS`` heads, their ``a`` and ``b``, and what reaches gates and key scales by outputs.
+    """Gradients of ``PLACES`` queries of ``HEADS`` heads, their ``a`` and ``b``; by outputs, of gates and key scales.
 
     ``dq`` holds the cotangents of scores where there is a map, and a tile then holds all ``E``; a tile of all features
     given spares a second product with the state. ``dg`` and ``dc`` are ``[blocks of queries, B, S, L]``, to be
@@ -285,8 +285,8 @@ def keys_kernel(
     """Gradients of ``PLACES`` keys and values, and what reaches gates and key scales through the state after the chunk.
 
     ``dk`` holds the cotangents of scores where there is a map, and a tile then holds all ``E``. ``dv`` is
-    ``[B, T, S, H]``: state heads that share values each give their part. ``dg[C / PLACES, B, S, L]`` is to be summed over
-    the first axis.
+    ``[B, T, S, H]``: state heads that share values each give their part. ``dg[C / PLACES, B, S, L]`` is to be summed
+    over the first axis.
     """
     head = tl.program_id(0).to(tl.int64)
     batch, s = head // S, head % S

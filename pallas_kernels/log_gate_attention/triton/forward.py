@@ -39,8 +39,8 @@ def states_kernel(
 ):  # fmt: skip
     """The state before each chunk and after the last: a program per head and ``[BF, BH]`` block, from chunk to chunk.
 
-    Gradients want ``kvs[PARTS, B, S, chunks, F, H]`` in two parts, as matmuls read them; then nor is what the state takes
-    rounded to one. ``zs[B, S, chunks, F]`` is fp32.
+    Gradients want ``kvs[PARTS, B, S, chunks, F, H]`` in two parts, as matmuls read them; then what the state takes has
+    two, too. ``zs[B, S, chunks, F]`` is fp32.
     """
     head = tl.program_id(0).to(tl.int64)
     batch, s = head // S, head % S
@@ -84,7 +84,7 @@ def states_kernel(
 
 
 @triton.jit
-def _write(
+def write_outputs(
     y_ptr, n_ptr, row, kept, h, num, den, own, first, H: tl.constexpr, NORMALIZE: tl.constexpr
 ):  # fmt: skip
     held = den > SMALLEST
@@ -155,7 +155,7 @@ def outputs_kernel(
     v = load_tile(v_ptr + (token * K + s // (S // K)) * H, key_row * K, h, None, H)
     num = tl.dot(w.to(v.dtype), v, num * reads[:, None], input_precision=PRECISION)
     own = tl.load(own_ptr + at * C + i)
-    _write(y_ptr + first_row * H, n_ptr + first_row, row, rows_in, h, num, den, own, column == 0, H, NORMALIZE)
+    write_outputs(y_ptr + first_row * H, n_ptr + first_row, row, rows_in, h, num, den, own, column == 0, H, NORMALIZE)
 
 
 @triton.jit
@@ -200,7 +200,7 @@ def fused_kernel(
             num = reads[:, None] * tl.dot(q, rounded, input_precision=PRECISION)
             num = tl.dot(w, v, num, input_precision=PRECISION)
             rows_in = (i <= last) & (r < N // S)
-            _write(y_ptr + first_row * H, n_ptr + first_row, row, rows_in, h, num, den, own, first, H, NORMALIZE)
+            write_outputs(y_ptr + first_row * H, n_ptr + first_row, row, rows_in, h, num, den, own, first, H, NORMALIZE)
         take, keep = tl.load(take_ptr + at * C + place), tl.load(keep_ptr + at)
         taken = (v.to(tl.float32) * take[:, None]).to(v.dtype)
         kv = tl.dot(key, taken, keep * kv, input_precision=PRECISION)

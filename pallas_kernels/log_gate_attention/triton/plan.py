@@ -45,6 +45,10 @@ class Plan:
     keys: Launch
 
 
+def _processors(target: Target) -> int:
+    return _PROCESSORS.get(target.chip or "", 132)
+
+
 def power(x: int, least: int = 1) -> int:
     """The smallest power of two that is at least ``x`` and ``least``."""
     return max(least, 1 << (x - 1).bit_length())
@@ -57,9 +61,10 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     F, H, group = power(problem.F, 16), power(problem.H, 16), problem.N // problem.S
     longest = max(16, min(1 << (chunk.bit_length() - 1), power(problem.T)))
     C = min(32 if wide else 64, longest)
-    if problem.act:
-        return _mapped(problem, min(C, 64 if F <= 128 else 32), ampere)
     fused, forward = _one_pass(problem, target, longest)
+    if problem.act:
+        how = _mapped(problem, min(C, 64 if F <= 128 else 32), ampere)
+        return dataclasses.replace(how, fused=fused, forward=forward)
     measured = None if wide or problem.T < 128 else tuned.choice(target.chip, problem.F, problem.H, group)
     if measured is not None:
         sizes: dict[str, Any] = {name: Launch(**x) if isinstance(x, dict) else x for name, x in measured.items()}
@@ -69,7 +74,7 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     block, grouped = 32 if wide else 64, group > 1
     tile = (min(F, block), min(H, block))
     # A scan over chunks has a program for each state head and tile: large ones where that many fill the card.
-    full = 2 * problem.B * problem.S >= _PROCESSORS.get(target.chip or "", 132)
+    full = _processors(target) <= 2 * problem.B * problem.S
     scan = (min(F, 128), tile[1]) if full and not wide else tile
     keys_at_once = (64 if grouped else 32) if F <= 128 else (32 if grouped else 16)
     if wide:
@@ -101,14 +106,22 @@ def _one_pass(problem: Problem, target: Target, longest: int) -> tuple[int, Laun
     """Chunk and tiles of the pass that makes outputs and states; the chunk is 0 where batch and heads are too few.
 
     It has a program for each state head and tile of values, which is to leave no more than an eighth of the card
-    without one. Of the tiles that spill at most what no chunk changes, these take the fewest instructions a token by
+    without one. Of the tiles that spill little but what no chunk changes, these take the fewest instructions a token by
     the compiled code, which bound it: more query heads at once make more of a chunk's decays, wider tiles of values
     more of its scores, longer chunks more of its state.
     """
     F, H, group = power(problem.F, 16), power(problem.H, 16), problem.N // problem.S
-    ampere = (capability(target.chip) or 90) < 90
-    if problem.dtype.itemsize > 2:
-        choices = [(32, 32, 2, 4 if group == 1 and F <= 128 else 8, 1)]
+    wide, ampere = problem.dtype.itemsize > 2, (capability(target.chip) or 90) < 90
+    if problem.act:
+        F = power(problem.F // 2, 16)  # a tile for each half
+        if wide:
+            choices = [(16, 32, 1, 8, 1)]
+        elif ampere:
+            choices = [(32, 64, 1, 4, 1) if F <= 64 else (16, 64, 1, 8, 1)]
+        else:
+            choices = [(64, 128, 1, 8, 1), (64, 64, 1, 8, 1)] if F <= 64 else [(32, 64, 1, 8, 1)]
+    elif wide:
+        choices = [] if F > 128 else [(16, 16, 1, 8, 1) if group == 1 else (16, 32, 1, 4, 1)]
     elif ampere and F <= 128:
         choices = [[(64, 64, 1, 4, 1)], [(32, 64, 2, 4, 1)], [(16, 64, 4, 4, 1)]][min(group, 3) - 1]
     elif ampere:
@@ -121,9 +134,9 @@ def _one_pass(problem: Problem, target: Target, longest: int) -> tuple[int, Laun
     for chunk, width, heads, warps, stages in choices:
         launch = Launch(F, min(H, width), min(power(group), heads), num_warps=warps, num_stages=stages)
         programs = problem.B * problem.S * -(-problem.H // launch.width)
-        if 8 * programs >= 7 * _PROCESSORS.get(target.chip or "", 132):
+        if 8 * programs >= 7 * _processors(target):
             return min(chunk, longest), launch
-    return 0, launch
+    return 0, Launch(F, min(H, 32))
 
 
 def _mapped(problem: Problem, C: int, ampere: bool) -> Plan:
@@ -134,8 +147,10 @@ def _mapped(problem: Problem, C: int, ampere: bool) -> Plan:
         chunk=C,
         fused=0,
         forward=Launch(E, H),
-        states=Launch(*tile, num_warps=8),
-        outputs=Launch(min(tile[0], 32) if E > 64 else tile[0], tile[1], num_warps=8, num_stages=1),
+        states=Launch(*tile),
+        outputs=Launch(
+            min(tile[0], 32) if E > 64 else tile[0], tile[1], num_warps=4 if ampere == (E > 64) else 8, num_stages=1
+        ),
         cotangents=Launch(tile[0], min(H, 32) if ampere else tile[1], num_warps=8, num_stages=1),
         rows=Launch(E, min(H, 2 * block), places=C // 2 if ampere else C, num_warps=8, num_stages=1 + few),
         keys=Launch(E, H, places=16, num_warps=8, num_stages=1),
