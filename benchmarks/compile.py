@@ -4,7 +4,7 @@
 
 At the attention shape of Llama-3-8B (N=32, K=8, H=128, T=2048, bf16), F=128 and 256; what is compiled is listed in
 ``pallas_kernels/gates.py``. Needs the ``test`` extra. Prints a table and writes ``benchmarks/compile.json``, a row per
-kernel; with ``--only`` it prints alone. Exits 1 if anything does not compile or a GPU kernel spills.
+kernel; with ``--only`` it prints alone. Exits 1 if anything does not compile or a GPU kernel spills more than it may.
 
 ``shared`` is the shared memory of a block on a GPU, ``vmem`` the scoped VMEM of a call on a TPU, in bytes.
 ``registers`` are a thread's on a GPU; on a TPU the 4 KiB vector registers alive at the tightest place before they are
@@ -15,8 +15,9 @@ cost, not a failure. It is in ``bundles``, the instruction words of a grid step 
 cycle: times the ``steps`` of the grid they are the cycles of a call that never waits for memory.
 
 ``traffic`` is of the whole pass: bytes of device memory moved over compulsory bytes, where kernels and what XLA adds
-around them read operands and write results once, and compulsory are arguments and results. Batch 1: there the Triton
-kernels split the sequence and keep states in device memory, which a full card spares them.
+around them read operands and write results once, and compulsory are arguments and results. At batch ``B`` 1 the Triton
+kernels split the sequence and keep states in device memory; at 16, which fills the card, one pass spares them that. It
+may set aside a little of what no chunk changes (``most_spills``); at batch 1 nothing may spill on a GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ VERSIONS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc", 
 
 def rows_of(gate: Gate) -> list[dict]:
     """A row per kernel, or one that says why there is none."""
-    row = {"kernel": f"{gate.op}/{gate.implementation}", "pass": gate.passes, "F": gate.F, "target": gate.chip}
+    row = {"kernel": f"{gate.op}/{gate.implementation}", "pass": gate.passes, "F": gate.F, "B": gate.B}
+    row |= {"target": gate.chip, "most_spills": gate.most_spills}
     start = time.perf_counter()
     try:
         compiled = gate.compile()
@@ -63,11 +65,24 @@ def rows_of(gate: Gate) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """One line per row."""
-    heads = ["kernel", "pass", "F", "target", "name", "memory", "registers", "spills", "bundles", "steps", "traffic"]
+    heads = [
+        "kernel",
+        "pass",
+        "F",
+        "B",
+        "target",
+        "name",
+        "memory",
+        "registers",
+        "spills",
+        "bundles",
+        "steps",
+        "traffic",
+    ]
     lines = [heads]
     for row in rows:
         memory = row.get("vmem", row.get("shared"))
-        told = [row["kernel"], row["pass"], row["F"], row["target"]]
+        told = [row["kernel"], row["pass"], row["F"], row["B"], row["target"]]
         if "error" in row:
             told.append(row["error"])
         else:
@@ -81,8 +96,8 @@ def table(rows: list[dict]) -> str:
 
 
 def failures(rows: list[dict]) -> list[dict]:
-    """What does not compile, and GPU kernels that spill."""
-    return [row for row in rows if "error" in row or ("shared" in row and row["spills"])]
+    """What does not compile, and GPU kernels that spill more than they may."""
+    return [row for row in rows if "error" in row or ("shared" in row and row["spills"] > row["most_spills"])]
 
 
 def main() -> int:
@@ -101,7 +116,7 @@ def main() -> int:
         rows += rows_of(gate)
     print(table(rows))
     failed = failures(rows)
-    print(f"\n{len(chosen)} compiled, {len(rows)} kernels; {len(failed)} do not compile or spill on a GPU")
+    print(f"\n{len(chosen)} compiled, {len(rows)} kernels; {len(failed)} do not compile or spill more than they may")
     if not arguments.only:
         versions = {name: importlib.metadata.version(name) for name in VERSIONS}
         lines = ",\n    ".join(json.dumps(row) for row in rows)

@@ -24,7 +24,8 @@ from pallas_kernels.sliding_window import sliding_window
 TPUS, GPUS = ("v5e", "v5p", "v6e"), ("sm_80", "sm_90")
 CHIPS = {"pallas_tpu": TPUS, "triton": GPUS, "pallas_gpu": GPUS}
 OPS = {"log_gate_attention": log_gate_dispatch.IMPLEMENTATIONS, "sliding_window": window_dispatch.IMPLEMENTATIONS}
-B, T, N, K, H, W = 1, 2048, 32, 8, 128, 128
+T, N, K, H, W = 2048, 32, 8, 128, 128
+FULL = 16  # sequences that fill a card: outputs and states come from one pass there
 
 Pass = Literal["forward", "backward"]
 
@@ -36,6 +37,7 @@ class Gate:
     Attributes:
         F: features; None for ``sliding_window``, which has none.
         act: the feature map inside the kernel; None where features are given.
+        B: sequences.
     """
 
     op: str
@@ -44,13 +46,24 @@ class Gate:
     chip: str
     F: int | None = None
     act: Act | None = None
+    B: int = 1
+
+    @property
+    def most_spills(self) -> int | None:
+        """Bytes that a kernel may spill; None for any number, which the schedule tells the cost of.
+
+        A pass over whole sequences sets aside on a GPU what no chunk changes.
+        """
+        return None if self.chip in TPUS else 0 if self.B == 1 else 320
 
     @property
     def passes(self) -> str:
         return f"{self.act}-mapped {self.which}" if self.act else self.which
 
     def __str__(self) -> str:
-        return "-".join(str(x) for x in (self.op, self.implementation, self.passes, self.F, self.chip) if x is not None)
+        batch = None if self.B == 1 else f"B{self.B}"
+        named = (self.op, self.implementation, self.passes, self.F, batch, self.chip)
+        return "-".join(str(x) for x in named if x is not None)
 
     def compile(self) -> Compiled:
         """Raises ``CannotCompile`` or what the compiler raises."""
@@ -65,8 +78,8 @@ class Gate:
         return compile_for(self.chip, backward, arguments, self._results())
 
     def _results(self) -> Any:
-        y, n = _array(B, T, N * H), _array(B, T, N, dtype=jnp.float32)
-        return (y, n) if self.F is None else (y, n, _state(self.F))
+        y, n = _array(self.B, T, N * H), _array(self.B, T, N, dtype=jnp.float32)
+        return (y, n) if self.F is None else (y, n, _state(self.B, self.F))
 
 
 def gates() -> Iterator[Gate]:
@@ -77,6 +90,8 @@ def gates() -> Iterator[Gate]:
         for implementation, (F, act), which in itertools.product(kernels, maps, ("forward", "backward")):
             for chip in CHIPS[implementation]:
                 yield Gate(op, implementation, which, chip, F, act)
+                if implementation == "triton" and F is not None and which == "forward":
+                    yield Gate(op, implementation, which, chip, F, act, FULL)
 
 
 def _heads(x: jax.Array, heads: int) -> jax.Array:
@@ -91,18 +106,16 @@ def _array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _state(F: int) -> Any:
+def _state(B: int, F: int) -> Any:
     return jax.eval_shape(lambda: empty_state(B, K, F, H))
 
 
 def _log_gate(gate: Gate) -> tuple[Callable, tuple]:
     """All that the op takes and gives: key scales, a state to start from, log normalizer and final state."""
     assert gate.F is not None
-    act, told = (
-        gate.act,
-        {"return_log_normalizer": True, "return_final_state": True, "implementation": gate.implementation},
-    )
-    scalars = _array(B, T, K, dtype=jnp.float32), _array(B, T, K, dtype=jnp.float32), _state(gate.F)
+    act, B = gate.act, gate.B
+    told = {"return_log_normalizer": True, "return_final_state": True, "implementation": gate.implementation}
+    scalars = _array(B, T, K, dtype=jnp.float32), _array(B, T, K, dtype=jnp.float32), _state(B, gate.F)
     v = _array(B, T, K * H)
     if act is None:
 
@@ -124,6 +137,7 @@ def _log_gate(gate: Gate) -> tuple[Callable, tuple]:
 
 def _window(gate: Gate) -> tuple[Callable, tuple]:
     """With rotation and a sink; other meta memory is not the kernels' work."""
+    B = gate.B
 
     def attend(q, k, v, frequencies, sink):
         segments = jnp.ones((B, T), jnp.int32), jnp.ones((B, W + T), jnp.int32)

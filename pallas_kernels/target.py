@@ -18,11 +18,13 @@ class Target:
         platform: ``cpu``, ``gpu`` or ``tpu``.
         chip: ``sm_80``, ``sm_90``, …; ``v5e``, ``v5p``, ``v6e``, …; None where it is not known.
         interpret: kernels run in their interpreters, slowly, whatever the platform of this process.
+        processors: multiprocessors of a GPU; None for as many as the chip is usually sold with.
     """
 
     platform: str
     chip: str | None = None
     interpret: bool = False
+    processors: int | None = None
 
 
 _override: contextvars.ContextVar[Target | None] = contextvars.ContextVar("kernel_target", default=None)
@@ -37,7 +39,8 @@ def current() -> Target:
     device = jax.local_devices()[0]
     if platform == "gpu":
         capability = str(getattr(device, "compute_capability", "") or "").replace(".", "")
-        return Target("gpu", f"sm_{capability}" if capability else None)
+        chip = f"sm_{capability}" if capability else None
+        return Target("gpu", chip, processors=getattr(device, "core_count", None))
     if platform == "tpu":
         return Target("tpu", _tpu_chip(device.device_kind))
     return Target(platform)

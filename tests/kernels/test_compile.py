@@ -1,4 +1,4 @@
-"""Every kernel compiles for every chip it is for, forward and backward, and no GPU kernel spills a register."""
+"""Every kernel compiles for every chip it is for, forward and backward, and GPU kernels spill no more than they may."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ def test_a_kernel_compiles_for_its_chip(gate):
     assert kernels
     for kernel in kernels:
         assert kernel.registers is None or kernel.registers > 0
-        assert gate.chip in TPUS or kernel.spills == 0, kernel
+        assert gate.most_spills is None or (kernel.spills or 0) <= gate.most_spills, kernel
 
 
 def compile_toy(chip: str, size: int, rounds: int, backend=None) -> Kernel:

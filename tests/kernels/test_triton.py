@@ -127,6 +127,11 @@ def test_what_it_cannot_run_is_told_in_one_line(monkeypatch):
     assert cannot_run(problem(1, 8, 24), H100) == "F is 24; triton needs multiples of 16 up to 256"
     assert cannot_run(problem(1, 8, 64, act="exp", width=20), H100) == "X is 20; triton needs multiples of 16 up to 256"
     assert "float16" in str(cannot_run(problem(1, 8, 256, "float16"), H100))
+    large = dataclasses.replace(problem(1, 8, 256), H=256)
+    assert cannot_run(large, H100) is None
+    told = "F is 256 and H is 256; triton's gradient then needs bfloat16 and the memory of an H100"
+    assert cannot_run(large, A100) == told
+    assert cannot_run(dataclasses.replace(large, dtype=jnp.dtype("float32")), H100) == told
     assert "per feature" in str(cannot_run(problem(1, 8, 64, vector_gates=True), H100))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cannot_run(problem(1, 8, 256), H100) == "triton needs the packages triton and jax-triton"

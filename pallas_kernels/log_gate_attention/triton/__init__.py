@@ -10,6 +10,7 @@ from pallas_kernels.log_gate_attention.problem import Implementation, Problem
 from pallas_kernels.log_gate_attention.triton.attend import attend
 from pallas_kernels.log_gate_attention.triton.attend_mapped import attend_mapped
 from pallas_kernels.target import Target
+from pallas_kernels.triton_launch import capability
 
 
 def cannot_run(problem: Problem, target: Target) -> str | None:
@@ -24,7 +25,12 @@ def cannot_run(problem: Problem, target: Target) -> str | None:
         return f"triton takes bfloat16 and float32, not {problem.dtype}"
     sizes = {"F": problem.F, "H": problem.H} | ({"X": problem.width} if problem.width else {})
     wrong = next((f"{name} is {size}" for name, size in sizes.items() if size % 16 or size > 256), None)
-    return wrong and f"{wrong}; triton needs multiples of 16 up to 256"
+    if wrong is not None:
+        return f"{wrong}; triton needs multiples of 16 up to 256"
+    ampere = (capability(target.chip) or 90) < 90
+    if problem.act is None and min(problem.F, problem.H) > 128 and (ampere or problem.dtype == jnp.float32):
+        return f"F is {problem.F} and H is {problem.H}; triton's gradient then needs bfloat16 and the memory of an H100"
+    return None
 
 
 IMPLEMENTATION = Implementation(attend, attend_mapped, cannot_run)

@@ -175,7 +175,8 @@ def fused_kernel(
     place = tl.arange(0, C)
     x = tl.arange(0, HEADS * C)
     i = x % C
-    kv = load_tile(kv_ptr + head * F * H, f, h, f < F, H)
+    inside = None if BF == F else f < F
+    kv = load_tile(kv_ptr + head * F * H, f, h, inside, H)
     z = tl.load(z_ptr + head * F + f, mask=f < F, other=0.0)
     for n in tl.range(0, chunks, disable_licm=True):
         at = head * chunks + n
@@ -205,6 +206,6 @@ def fused_kernel(
         taken = (v.to(tl.float32) * take[:, None]).to(v.dtype)
         kv = tl.dot(key, taken, keep * kv, input_precision=PRECISION)
         z = keep * z + tl.sum(tl.dot(key, in_columns(take, key.dtype), input_precision=PRECISION), 1)
-    store_tile(kv_out_ptr + head * F * H, f, h, f < F, kv, H)
+    store_tile(kv_out_ptr + head * F * H, f, h, inside, kv, H)
     if first:
         tl.store(z_out_ptr + head * F + f, z, mask=f < F)

@@ -46,7 +46,7 @@ class Plan:
 
 
 def _processors(target: Target) -> int:
-    return _PROCESSORS.get(target.chip or "", 132)
+    return target.processors or _PROCESSORS.get(target.chip or "", 132)
 
 
 def power(x: int, least: int = 1) -> int:
@@ -55,7 +55,10 @@ def power(x: int, least: int = 1) -> int:
 
 
 def plan(problem: Problem, target: Target, chunk: int) -> Plan:
-    """What was measured to be fastest; else tiles that compile without spills at the shapes of 7-8B models."""
+    """What was measured to be fastest; else tiles that take few instructions a token and do not spill.
+
+    Both were read from the compiled code, at the shapes of 7-8B models.
+    """
     wide = problem.dtype.itemsize > 2
     ampere = (capability(target.chip) or 90) < 90
     F, H, group = power(problem.F, 16), power(problem.H, 16), problem.N // problem.S
@@ -76,7 +79,7 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     # A scan over chunks has a program for each state head and tile: large ones where that many fill the card.
     full = _processors(target) <= 2 * problem.B * problem.S
     scan = (min(F, 128), tile[1]) if full and not wide else tile
-    keys_at_once = (64 if grouped else 32) if F <= 128 else (32 if grouped else 16)
+    keys_at_once = (64 if grouped else 32) if max(F, H) <= 128 else (32 if grouped and H <= 128 else 16)
     if wide:
         cotangents = Launch(*tile, 1 if ampere else heads, num_warps=8)
         rows = Launch(*tile, 1 if ampere else heads, num_warps=8)
@@ -84,12 +87,12 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     elif ampere:
         cotangents = Launch(scan[0], scan[1] if grouped else min(H, 32))
         rows = Launch(*tile, num_stages=1) if F <= 128 else Launch(*tile, num_warps=8)
-        keys = Launch(F, H, places=keys_at_once, num_warps=8, num_stages=1 + grouped)
+        keys = Launch(F, H, places=keys_at_once, num_warps=8, num_stages=1 + (grouped and H <= 128))
     else:
         cotangents = Launch(*scan, num_stages=1 + grouped)
-        whole = (F, H) if F <= 128 else tile
+        whole = (F, min(H, 128)) if F <= 128 else tile
         rows = Launch(*whole, heads, num_warps=8, num_stages=1 + (grouped or F > 128))
-        keys = Launch(F, H, places=keys_at_once, num_warps=8, num_stages=1 + grouped)
+        keys = Launch(F, H, places=keys_at_once, num_warps=8, num_stages=1 + (grouped and H <= 128))
     return Plan(
         chunk=C,
         fused=fused,
@@ -152,6 +155,6 @@ def _mapped(problem: Problem, C: int, ampere: bool) -> Plan:
             min(tile[0], 32) if E > 64 else tile[0], tile[1], num_warps=4 if ampere == (E > 64) else 8, num_stages=1
         ),
         cotangents=Launch(tile[0], min(H, 32) if ampere else tile[1], num_warps=8, num_stages=1),
-        rows=Launch(E, min(H, 2 * block), places=C // 2 if ampere else C, num_warps=8, num_stages=1 + few),
+        rows=Launch(E, min(H, 2 * block), places=max(16, C // 2) if ampere else C, num_warps=8, num_stages=1 + few),
         keys=Launch(E, H, places=16, num_warps=8, num_stages=1),
     )

@@ -42,7 +42,12 @@ def load_tile_t(ptr, row, column, rows_in, WIDTH: tl.constexpr):
 def store_tile(ptr, row, column, rows_in, x, WIDTH: tl.constexpr):
     at = row[:, None] * WIDTH + column[None, :]
     x = x.to(ptr.dtype.element_ty)
-    if covered(WIDTH, column.shape[0]):
+    if rows_in is None:
+        if covered(WIDTH, column.shape[0]):
+            tl.store(ptr + at, x)
+        else:
+            tl.store(ptr + at, x, mask=(column < WIDTH)[None, :])
+    elif covered(WIDTH, column.shape[0]):
         tl.store(ptr + at, x, mask=rows_in[:, None])
     else:
         tl.store(ptr + at, x, mask=rows_in[:, None] & (column < WIDTH)[None, :])
