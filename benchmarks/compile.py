@@ -17,7 +17,7 @@ cycle: times the ``steps`` of the grid they are the cycles of a call that never 
 ``traffic`` is of the whole pass: bytes of device memory moved over compulsory bytes, where kernels and what XLA adds
 around them read operands and write results once, and compulsory are arguments and results. At batch ``B`` 1 the Triton
 kernels split the sequence and keep states in device memory; at 16, which fills the card, one pass spares them that. It
-may set aside a little of what no chunk changes (``most_spills``); at batch 1 nothing may spill on a GPU.
+may spill a little (``most_spills``); at batch 1 nothing may spill on a GPU.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Gate:
     def most_spills(self) -> int | None:
         """Bytes that a kernel may spill; None for any number, which the schedule tells the cost of.
 
-        A pass over whole sequences sets aside on a GPU what no chunk changes.
+        A pass over whole sequences holds so much on a GPU that tiles which spill nothing take more instructions.
         """
         return None if self.chip in TPUS else 0 if self.B == 1 else 320
 

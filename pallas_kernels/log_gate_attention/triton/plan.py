@@ -109,9 +109,9 @@ def _one_pass(problem: Problem, target: Target, longest: int) -> tuple[int, Laun
     """Chunk and tiles of the pass that makes outputs and states; the chunk is 0 where batch and heads are too few.
 
     It has a program for each state head and tile of values, which is to leave no more than an eighth of the card
-    without one. Of the tiles that spill little but what no chunk changes, these take the fewest instructions a token by
-    the compiled code, which bound it: more query heads at once make more of a chunk's decays, wider tiles of values
-    more of its scores, longer chunks more of its state.
+    without one. Of the tiles that spill little or nothing, these take the fewest instructions a token by the compiled
+    code, which bound it: more query heads at once make more of a chunk's decays, wider tiles of values more of its
+    scores, longer chunks more of its state.
     """
     F, H, group = power(problem.F, 16), power(problem.H, 16), problem.N // problem.S
     wide, ampere = problem.dtype.itemsize > 2, (capability(target.chip) or 90) < 90
