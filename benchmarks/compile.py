@@ -65,20 +65,8 @@ def rows_of(gate: Gate) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """One line per row."""
-    heads = [
-        "kernel",
-        "pass",
-        "F",
-        "B",
-        "target",
-        "name",
-        "memory",
-        "registers",
-        "spills",
-        "bundles",
-        "steps",
-        "traffic",
-    ]
+    heads = ["kernel", "pass", "F", "B", "target", "name"]
+    heads += ["memory", "registers", "spills", "bundles", "steps", "traffic"]
     lines = [heads]
     for row in rows:
         memory = row.get("vmem", row.get("shared"))

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from pallas_kernels.log_gate_attention.problem import Implementation, Problem
 from pallas_kernels.log_gate_attention.triton.attend import attend
 from pallas_kernels.log_gate_attention.triton.attend_mapped import attend_mapped
+from pallas_kernels.log_gate_attention.triton.plan import is_ampere
 from pallas_kernels.target import Target
-from pallas_kernels.triton_launch import capability
 
 
 def cannot_run(problem: Problem, target: Target) -> str | None:
@@ -27,8 +27,8 @@ def cannot_run(problem: Problem, target: Target) -> str | None:
     wrong = next((f"{name} is {size}" for name, size in sizes.items() if size % 16 or size > 256), None)
     if wrong is not None:
         return f"{wrong}; triton needs multiples of 16 up to 256"
-    ampere = (capability(target.chip) or 90) < 90
-    if problem.act is None and min(problem.F, problem.H) > 128 and (ampere or problem.dtype == jnp.float32):
+    large = problem.act is None and min(problem.F, problem.H) > 128
+    if large and (is_ampere(target) or problem.dtype == jnp.float32):
         return f"F is {problem.F} and H is {problem.H}; triton's gradient then needs bfloat16 and the memory of an H100"
     return None
 

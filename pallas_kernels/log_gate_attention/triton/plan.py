@@ -45,6 +45,11 @@ class Plan:
     keys: Launch
 
 
+def is_ampere(target: Target) -> bool:
+    """Not so where the chip is not known: kernels are for A100 and later."""
+    return (capability(target.chip) or 90) < 90
+
+
 def _processors(target: Target) -> int:
     return target.processors or _PROCESSORS.get(target.chip or "", 132)
 
@@ -60,7 +65,7 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     Both were read from the compiled code, at the shapes of 7-8B models.
     """
     wide = problem.dtype.itemsize > 2
-    ampere = (capability(target.chip) or 90) < 90
+    ampere = is_ampere(target)
     F, H, group = power(problem.F, 16), power(problem.H, 16), problem.N // problem.S
     longest = max(16, min(1 << (chunk.bit_length() - 1), power(problem.T)))
     C = min(32 if wide else 64, longest)
@@ -80,6 +85,7 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     full = _processors(target) <= 2 * problem.B * problem.S
     scan = (min(F, 128), tile[1]) if full and not wide else tile
     keys_at_once = (64 if grouped else 32) if max(F, H) <= 128 else (32 if grouped and H <= 128 else 16)
+    keys = Launch(F, H, places=keys_at_once, num_warps=8, num_stages=1 + (grouped and H <= 128))
     if wide:
         cotangents = Launch(*tile, 1 if ampere else heads, num_warps=8)
         rows = Launch(*tile, 1 if ampere else heads, num_warps=8)
@@ -87,12 +93,10 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     elif ampere:
         cotangents = Launch(scan[0], scan[1] if grouped else min(H, 32))
         rows = Launch(*tile, num_stages=1) if F <= 128 else Launch(*tile, num_warps=8)
-        keys = Launch(F, H, places=keys_at_once, num_warps=8, num_stages=1 + (grouped and H <= 128))
     else:
         cotangents = Launch(*scan, num_stages=1 + grouped)
         whole = (F, min(H, 128)) if F <= 128 else tile
         rows = Launch(*whole, heads, num_warps=8, num_stages=1 + (grouped or F > 128))
-        keys = Launch(F, H, places=keys_at_once, num_warps=8, num_stages=1 + (grouped and H <= 128))
     return Plan(
         chunk=C,
         fused=fused,
@@ -114,7 +118,7 @@ def _one_pass(problem: Problem, target: Target, longest: int) -> tuple[int, Laun
     scores, longer chunks more of its state.
     """
     F, H, group = power(problem.F, 16), power(problem.H, 16), problem.N // problem.S
-    wide, ampere = problem.dtype.itemsize > 2, (capability(target.chip) or 90) < 90
+    wide, ampere = problem.dtype.itemsize > 2, is_ampere(target)
     if problem.act:
         F = power(problem.F // 2, 16)  # a tile for each half
         if wide:
