@@ -98,18 +98,26 @@ def log_gate_forward(plan: Plan, ins: dict, outs: dict, state: dict) -> None:
 
 
 def log_gate_states(plan: Plan, ins: dict, outs: dict, state: dict) -> None:
-    """The state before a chunk."""
+    """The state before a chunk.
+
+    Heads go through it side by side and are written last: each alone is a chain of operations that wait for each other.
+    """
     begin(plan, ins, state)
-    for head in range(plan.M):
-        chunk = Chunk(plan, ins, pl.program_id(2), head)
-        p = chunk.place
-        for name, ref in state.items():
-            outs[name][0, head, 0] = ref[p]
-        key = chunk.key()
-        decay = decays(chunk.gates(), chunk.key_scales(key), state["m"][p])
-        before = state["kv"][p], state["z"][p]
-        state["kv"][p], state["z"][p] = advance(decay, key, chunk.values(), *before, finely=True)
-        state["m"][p] = decay.m
+    chunks = [Chunk(plan, ins, pl.program_id(2), head) for head in range(plan.M)]
+    before = [{name: ref[chunk.place] for name, ref in state.items()} for chunk in chunks]
+    keys = [chunk.key() for chunk in chunks]
+    decayed = [
+        decays(chunk.gates(), chunk.key_scales(key), held["m"])
+        for chunk, key, held in zip(chunks, keys, before, strict=True)
+    ]
+    after = [
+        advance(decay, key, chunk.values(), held["kv"], held["z"], finely=True)
+        for chunk, key, decay, held in zip(chunks, keys, decayed, before, strict=True)
+    ]
+    for chunk, decay, held, (kv, z) in zip(chunks, decayed, before, after, strict=True):
+        for name, x in held.items():
+            outs[name][0, chunk.head, 0] = x
+        state["kv"][chunk.place], state["z"][chunk.place], state["m"][chunk.place] = kv, z, decay.m
 
 
 def forward(plan: Plan, arrays: dict[str, Array]) -> dict[str, Array]:
