@@ -4,7 +4,8 @@
 
 At the attention shape of Llama-3-8B (N=32, K=8, H=128, T=2048, bf16), F=128 and 256; what is compiled is listed in
 ``pallas_kernels/gates.py``. Needs the ``test`` extra. Prints a table and writes ``benchmarks/compile.json``, a row per
-kernel; with ``--only`` it prints alone. Exits 1 if anything does not compile or a GPU kernel spills more than it may.
+kernel; with ``--only`` it prints alone. Exits 1 if anything does not compile, a GPU kernel spills more than it may,
+or a v5e pass takes more cycles than it may.
 
 ``shared`` is the shared memory of a block on a GPU, ``vmem`` the scoped VMEM of a call on a TPU, in bytes.
 ``registers`` are a thread's on a GPU; on a TPU the 4 KiB vector registers alive at the tightest place before they are
@@ -54,7 +55,9 @@ def rows_of(gate: Gate) -> list[dict]:
         return [{**row, "error": "compiled, without a kernel in it"}]
     seconds = round(time.perf_counter() - start, 1)
     memory = "vmem" if gate.chip in TPUS else "shared"
-    of_pass = {"traffic": round(compiled.traffic, 2), "seconds": seconds}
+    of_pass: dict = {"traffic": round(compiled.traffic, 2), "seconds": seconds}
+    if (schedule := gate.over_roofline(compiled)) is not None:
+        of_pass |= {"over_roofline": round(schedule, 2), "most_over_roofline": gate.most_over_roofline}
     return [
         {**row, "name": k.name, memory: k.memory, "registers": k.registers, "spills": k.spills}
         | ({"bundles": k.bundles, "steps": k.steps} if memory == "vmem" else {})
@@ -66,7 +69,7 @@ def rows_of(gate: Gate) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """One line per row."""
     heads = ["kernel", "pass", "F", "B", "target", "name"]
-    heads += ["memory", "registers", "spills", "bundles", "steps", "traffic"]
+    heads += ["memory", "registers", "spills", "bundles", "steps", "over_roofline", "traffic"]
     lines = [heads]
     for row in rows:
         memory = row.get("vmem", row.get("shared"))
@@ -75,7 +78,7 @@ def table(rows: list[dict]) -> str:
             told.append(row["error"])
         else:
             told += [row["name"], memory, row["registers"], row["spills"]]
-            told += [row.get("bundles"), row.get("steps"), row["traffic"]]
+            told += [row.get("bundles"), row.get("steps"), row.get("over_roofline"), row["traffic"]]
         lines.append(["" if cell is None else str(cell) for cell in told])
     widths = [max(len(line[i]) for line in lines if len(line) == len(heads)) for i in range(len(heads))]
     return "\n".join(
@@ -84,8 +87,14 @@ def table(rows: list[dict]) -> str:
 
 
 def failures(rows: list[dict]) -> list[dict]:
-    """What does not compile, and GPU kernels that spill more than they may."""
-    return [row for row in rows if "error" in row or ("shared" in row and row["spills"] > row["most_spills"])]
+    """What does not compile, GPU kernels that spill more than they may, v5e ones whose schedule takes too long."""
+    return [
+        row
+        for row in rows
+        if "error" in row
+        or ("shared" in row and row["spills"] > row["most_spills"])
+        or row.get("over_roofline", 0.0) > row.get("most_over_roofline", 0.0)
+    ]
 
 
 def main() -> int:
@@ -104,7 +113,7 @@ def main() -> int:
         rows += rows_of(gate)
     print(table(rows))
     failed = failures(rows)
-    print(f"\n{len(chosen)} compiled, {len(rows)} kernels; {len(failed)} do not compile or spill more than they may")
+    print(f"\n{len(chosen)} compiled, {len(rows)} kernels; {len(failed)} do not compile or take more than they may")
     if not arguments.only:
         versions = {name: importlib.metadata.version(name) for name in VERSIONS}
         lines = ",\n    ".join(json.dumps(row) for row in rows)

@@ -14,18 +14,25 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import cost
 from pallas_kernels.compiling import Compiled, compile_for
 from pallas_kernels.log_gate_attention import dispatch as log_gate_dispatch
 from pallas_kernels.log_gate_attention import empty_state, log_gate_attention, mapped_log_gate_attention
 from pallas_kernels.log_gate_attention.problem import Act
+from pallas_kernels.log_gate_attention.problem import Problem as LogGateProblem
 from pallas_kernels.sliding_window import dispatch as window_dispatch
 from pallas_kernels.sliding_window import sliding_window
+from pallas_kernels.sliding_window.problem import Problem as WindowProblem
 
 TPUS, GPUS = ("v5e", "v5p", "v6e"), ("sm_80", "sm_90")
 CHIPS = {"pallas_tpu": TPUS, "triton": GPUS, "pallas_gpu": GPUS}
 OPS = {"log_gate_attention": log_gate_dispatch.IMPLEMENTATIONS, "sliding_window": window_dispatch.IMPLEMENTATIONS}
 T, N, K, H, W = 2048, 32, 8, 128, 128
 FULL = 16  # sequences that fill a card: outputs and states come from one pass there
+CHUNK = 128  # of the TPU kernels at this shape
+# Of a v5e, whose peak is that of four matrix units of 128×128. Of other TPUs it is not as plain what a schedule's cycle
+# may hold.
+CLOCK = cost.CHIPS["v5e"].flops / (4 * 2 * 128 * 128)
 
 Pass = Literal["forward", "backward"]
 
@@ -55,6 +62,33 @@ class Gate:
         A pass over whole sequences holds so much on a GPU that tiles which spill nothing take more instructions.
         """
         return None if self.chip in TPUS else 0 if self.B == 1 else 320
+
+    @property
+    def most_over_roofline(self) -> float | None:
+        """What ``over_roofline`` may be, so that a schedule full of spills fails; None where nothing tells."""
+        if self.chip != "v5e":
+            return None
+        return 1.75 if self.which == "forward" else 3.0
+
+    def over_roofline(self, compiled: Compiled) -> float | None:
+        """Cycles of the schedules of the pass over those of its roofline; None but on a v5e.
+
+        What the cost model's backward pass leaves out, the window's forward pass that its kernels run again, is added.
+        """
+        if self.chip != "v5e" or any(kernel.bundles is None for kernel in compiled.kernels):
+            return None
+        cycles = sum((kernel.bundles or 0) * (kernel.steps or 0) for kernel in compiled.kernels)
+        return cycles / CLOCK / self._cost().roofline(cost.CHIPS["v5e"])
+
+    def _cost(self) -> cost.Cost:
+        dtype = jnp.dtype(jnp.bfloat16)
+        if self.F is None:
+            window = WindowProblem(self.B, T, N, K, H, W, dtype, rope=True)
+            forward = cost.window_forward(window, CHUNK)
+            return forward if self.which == "forward" else forward + cost.window_backward(window, CHUNK)
+        width = None if self.act is None else H
+        problem = LogGateProblem(self.B, T, N, K, K, self.F, H, dtype, act=self.act, width=width)
+        return cost.forward(problem, CHUNK) if self.which == "forward" else cost.backward(problem, CHUNK)
 
     @property
     def passes(self) -> str:

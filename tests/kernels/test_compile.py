@@ -1,4 +1,5 @@
-"""Every kernel compiles for every chip it is for, forward and backward, and GPU kernels spill no more than they may."""
+"""Every kernel compiles for every chip it is for, forward and backward; a GPU kernel spills no more bytes than it may, and a
+TPU kernel's spills cost no more than its schedule may take."""
 
 import dataclasses
 import functools
@@ -48,9 +49,11 @@ def on_its_chip(gate: Gate):
 
 @pytest.mark.parametrize("gate", [on_its_chip(gate) for gate in GATES])
 def test_a_kernel_compiles_for_its_chip(gate):
-    kernels = gate.compile().kernels
-    assert kernels
-    for kernel in kernels:
+    compiled = gate.compile()
+    assert compiled.kernels
+    schedule = gate.over_roofline(compiled)
+    assert schedule is None or 1.0 < schedule <= gate.most_over_roofline
+    for kernel in compiled.kernels:
         assert kernel.registers is None or kernel.registers > 0
         if gate.most_spills is not None:
             assert kernel.spills is not None, kernel
