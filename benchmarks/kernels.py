@@ -1,24 +1,22 @@
 """How fast the linear branch's op is: on a GPU its kernels, on a CPU its plain JAX, each beside what others wrote.
 
-    python benchmarks/kernels.py                    the comparison for the device at hand
-    python benchmarks/kernels.py --tune             on a GPU: find the Triton kernels' tiles for it
+    uv run --extra torch python -m benchmarks.kernels
+    uv run --extra cuda --extra torch --with flash-linear-attention python -m benchmarks.kernels        on a GPU
 
 On a GPU: ``log_gate_attention`` by each of its GPU implementations, features given (``triton``, ``pallas_gpu``) or
 made inside (``triton, mapped``), in bf16 at B=16, N=32, H=128 for every T, K and F; beside flash-linear-attention's
-``chunk_simple_gla`` and ``chunk_gla`` (``pip install flash-linear-attention``; left out where it is missing), which
-know no groups: they get keys and values repeated to N heads, untimed. Ours also divides by the sum of weights. One
-process, the same arrays, the same clock: calls queued one behind the other and waited for together. ``roofline`` is
-what the chip's peaks allow, see ``pallas_kernels/cost.py``. What is aimed at on an H200: at most half of
-``chunk_simple_gla``'s time and 1.5 times the roofline. (The paper, A100, forward, T=2048: GLA 4.29 ms, its own kernel
-3.25 ms.)
+``chunk_simple_gla`` and ``chunk_gla`` (left out where it is not installed), which know no groups: they get keys and
+values repeated to N heads, untimed. Ours also divides by the sum of weights. One process, the same arrays, the same
+clock: calls queued one behind the other and waited for together. ``roofline`` is what the chip's peaks allow, see
+``pallas_kernels/cost.py``. What is aimed at on an H200: at most half of ``chunk_simple_gla``'s time and 1.5 times the
+roofline. (The paper, A100, forward, T=2048: GLA 4.29 ms, its own kernel 3.25 ms.) ``benchmarks/tune.py`` finds the
+tiles for a GPU first.
 
 On a CPU: ``xla`` beside the same chunked computation in eager PyTorch, on one core and on all, in fp32 at a small
 size, two minutes; the ratio is to the better one.
 
 Every pair is first checked to give the same numbers. Contestants take turns; times are medians. Prints a table and
-writes ``kernels.json``, ``kernels.md`` and ``kernels.png`` to ``benchmarks/``. ``--tune`` writes ``tuned.json`` beside
-the op: ``[{"op", "chip", "pass", "F", "H", "G", "choice", "ms"}, …]``, ``choice`` being the fields of the kernels'
-``Plan``.
+writes ``kernels.json``, ``kernels.md`` and ``kernels.png`` to ``benchmarks/``.
 """
 
 from __future__ import annotations
@@ -29,16 +27,17 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 # PyTorch allocates on the same device.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+if importlib.util.find_spec("torch") is None:
+    sys.exit("error: the rival is PyTorch, which is not installed: uv run --extra torch python -m benchmarks.kernels")
 
 import jax
 import jax.numpy as jnp
@@ -47,22 +46,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pallas_kernels import cost, target
-from pallas_kernels.log_gate_attention import empty_state, log_gate_attention, mapped_log_gate_attention
+from benchmarks.timing import PASSES, Call, inputs, jax_passes, mapped_inputs, seconds_of
+from lizard_jax.atomic import write_atomic
+from pallas_kernels import cost
+from pallas_kernels.log_gate_attention import log_gate_attention, mapped_log_gate_attention
 from pallas_kernels.log_gate_attention.problem import Problem
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
-TUNED = HERE.parent / "pallas_kernels" / "log_gate_attention" / "tuned.json"
-PASSES = ("forward", "forward+backward")
 GPU = {"batch": 16, "lengths": [2048, 4096, 8192], "heads": 32, "kv_heads": [32, 8], "width": 128, "features": [128]}
 CPU = {"batch": 1, "lengths": [512, 1024, 2048], "heads": 8, "kv_heads": [8, 2], "width": 64, "features": [128]}
 CHUNK = 64
 FEWEST_SECONDS = 0.02  # of one measurement: calls are repeated to fill it
-
-Call = Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,42 +101,10 @@ def in_torch(q, k, v, g, chunk: int):
     return torch.cat(out, 3).permute(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def inputs(problem: Problem) -> dict[str, jax.Array]:
-    """Positive features, values, gates near 1, raw queries and keys, maps and a cotangent, all from one seed."""
-    p, keys = problem, jax.random.split(jax.random.key(0), 8)
-
-    def normal(i: int, *shape: int) -> jax.Array:
-        return jax.random.normal(keys[i], shape, p.dtype)
-
-    return {
-        "q": jnp.abs(normal(0, p.B, p.T, p.N, p.F)),
-        "k": jnp.abs(normal(1, p.B, p.T, p.S, p.F)),
-        "v": normal(2, p.B, p.T, p.K, p.H),
-        "g": jax.nn.log_sigmoid(jax.random.normal(keys[3], (p.B, p.T, p.S)) + 4),
-        "dy": normal(4, p.B, p.T, p.N, p.H),
-    }
-
-
-def mapped_inputs(problem: Problem) -> dict[str, jax.Array]:
-    """Raw queries and keys as wide as values, and maps."""
-    p, keys = problem, jax.random.split(jax.random.key(1), 4)
-    return {
-        "q": jax.random.normal(keys[0], (p.B, p.T, p.N, p.H), p.dtype),
-        "k": jax.random.normal(keys[1], (p.B, p.T, p.K, p.H), p.dtype),
-        "q_map": jax.random.normal(keys[2], (p.N, p.H, p.F // 2)) * p.H**-0.5,
-        "k_map": jax.random.normal(keys[3], (p.S, p.H, p.F // 2)) * p.H**-0.5,
-    }
-
-
-def jax_passes(attend: Callable, arguments: tuple, dy: jax.Array) -> dict[str, Call]:
-    """Jitted: the output; the output and the cotangents of all arguments."""
-
-    def both(arguments, dy):
-        y, pull = jax.vjp(attend, *arguments)
-        return y, pull(dy)
-
-    forward, both_passes = jax.jit(attend), jax.jit(both)
-    return {"forward": lambda: forward(*arguments), "forward+backward": lambda: both_passes(arguments, dy)}
+def jitted(attend: Callable, arguments: tuple, dy: jax.Array) -> dict[str, Call]:
+    """The passes of an implementation, ready to call."""
+    passes = jax_passes(attend, arguments, dy).items()
+    return {which: functools.partial(jax.jit(function), *given) for which, (function, given) in passes}
 
 
 def torch_passes(
@@ -176,7 +141,7 @@ def contestants(problem: Problem, implementations: list[str]) -> Iterator[Contes
     dy = x.pop("dy")
     for name in implementations:
         attend = functools.partial(log_gate_attention, implementation=name, chunk=CHUNK)
-        for which, call in jax_passes(attend, tuple(x.values()), dy).items():
+        for which, call in jitted(attend, tuple(x.values()), dy).items():
             yield Contestant(name, which, problem, call, jax.block_until_ready)
     if jax.default_backend() == "cpu":
         tensors = [to_torch(value) for value in x.values()]
@@ -195,7 +160,7 @@ def contestants(problem: Problem, implementations: list[str]) -> Iterator[Contes
             )
 
         arguments = (raw["q"], raw["k"], x["v"], x["g"], raw["q_map"], raw["k_map"])
-        for which, call in jax_passes(attend_mapped, arguments, dy).items():
+        for which, call in jitted(attend_mapped, arguments, dy).items():
             yield Contestant("triton, mapped", which, mapped, call, jax.block_until_ready)
     if importlib.util.find_spec("fla") is not None:
         groups = problem.N // problem.S
@@ -241,7 +206,7 @@ def check(problem: Problem, implementations: list[str]) -> dict[str, float]:
     @functools.cache
     def truth(normalize: bool):
         attend = functools.partial(log_gate_attention, implementation="xla", normalize=normalize)
-        return jax_passes(attend, wide, dy.astype(jnp.float32))["forward+backward"]()
+        return jitted(attend, wide, dy.astype(jnp.float32))["forward+backward"]()
 
     limit = 1e-4 if short.dtype == jnp.float32 else 2e-2
     far = {}
@@ -257,16 +222,6 @@ def check(problem: Problem, implementations: list[str]) -> dict[str, float]:
         if not far[one.name] <= limit:
             raise SystemExit(f"{one.name} is not the same function: relative RMS {far[one.name]:.1e} from xla in fp32")
     return far
-
-
-def seconds_of(call: Call, wait: Callable[[Any], None], times: int) -> float:
-    """A call's share of ``times`` of them, queued one behind the other."""
-    start = time.perf_counter()
-    result = None
-    for _ in range(times):
-        result = call()
-    wait(result)
-    return (time.perf_counter() - start) / times
 
 
 def in_turns(ready: list[Contestant], repeats: int, bar: tqdm) -> list[float]:
@@ -384,68 +339,6 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def in_kernel(how: Any, name: str) -> list[Any]:
-    """Plans that differ from ``how`` in one kernel: a grid over its tile's width, warps and stages."""
-    one = getattr(how, name)
-    widths = {one.width // 2, one.width, one.width * 2} & {32, 64, 128}
-    return [
-        dataclasses.replace(how, **{name: dataclasses.replace(one, width=w, num_warps=warps, num_stages=stages)})
-        for w in sorted(widths) for warps in (4, 8) for stages in (1, 2, 3)
-    ]  # fmt: skip
-
-
-def search(
-    starts: list[Any], kernels: tuple[str, ...], milliseconds: Callable[[Any], float | None]
-) -> tuple[Any, float]:
-    """The best plan found: the best start, improved one kernel at a time; ``milliseconds`` is None if it can't run."""
-    best, least = None, math.inf
-    for plans in (lambda _: starts, *(functools.partial(in_kernel, name=name) for name in kernels)):
-        for how in plans(best):
-            taken = milliseconds(how)
-            if taken is not None and taken < least:
-                best, least = how, taken
-        if best is None:
-            raise SystemExit("no plan runs here")
-    return best, least
-
-
-def tune_one(problem: Problem, which: str) -> dict:
-    """A row of the table of tiles."""
-    from pallas_kernels.log_gate_attention.triton.attend import attend_by
-    from pallas_kernels.log_gate_attention.triton.plan import plan
-
-    op = cast("Callable[..., Any]", attend_by)
-    x, here = inputs(problem), target.current()
-    dy, c = x.pop("dy"), jnp.zeros((problem.B, problem.T, problem.S), jnp.float32)
-    arguments = tuple(x.values())
-    state = empty_state(problem.B, problem.S, problem.F, problem.H)
-    name = f"{which}, K={problem.K}, F={problem.F}"
-
-    def milliseconds(how: Any) -> float | None:
-        def attend(q, k, v, g):
-            return op(q, k, v, g, c, state, True, how)[0]
-
-        call = jax_passes(attend, arguments, dy)[which]
-        bar.update()
-        try:
-            jax.block_until_ready(call())
-        except Exception:  # too much shared memory, or tiles that do not fit one another
-            return None
-        return 1e3 * min(seconds_of(call, jax.block_until_ready, 5) for _ in range(3))
-
-    with tqdm(disable=None, unit=" plans", desc=name) as bar:
-        # States first, for chunks of each length, or all in one pass; the gradient has kernels of its own.
-        starts = [dataclasses.replace(plan(problem, here, C), fused=0) for C in (32, 64, 128)]
-        starts += [dataclasses.replace(plan(problem, here, 64), fused=C) for C in (16, 32, 64, 128)]
-        kernels = ("forward", "states", "outputs") + (("cotangents", "rows", "keys") if which != "forward" else ())
-        best, least = search(list(dict.fromkeys(starts)), kernels, milliseconds)
-    print(f"{name}: {least:.3f} ms with {best}")
-    return {
-        "op": "log_gate_attention", "chip": here.chip, "pass": which, "F": problem.F, "H": problem.H,
-        "G": problem.N // problem.S, "choice": dataclasses.asdict(best), "ms": least,
-    }  # fmt: skip
-
-
 def parse(backend: str) -> argparse.Namespace:
     default = GPU if backend == "gpu" else CPU
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -462,7 +355,6 @@ def parse(backend: str) -> argparse.Namespace:
         "--features", type=int, nargs="+", default=default["features"], metavar="F", help="(here: %(default)s)"
     )
     parser.add_argument("--repeats", type=int, default=20 if backend == "gpu" else 5, help="(here: %(default)s)")
-    parser.add_argument("--tune", action="store_true", help="find the Triton kernels' tiles and write tuned.json")
     parser.add_argument("--out", type=Path, default=HERE, metavar="FOLDER", help="for the results (benchmarks/)")
     return parser.parse_args()
 
@@ -470,14 +362,6 @@ def parse(backend: str) -> argparse.Namespace:
 def main() -> int:
     backend = jax.default_backend()
     a = parse(backend)
-    if a.tune and backend != "gpu":
-        print(f"--tune needs a GPU; this process has {backend}", file=sys.stderr)
-        return 2
-    if a.tune:
-        problems = [p for p in sizes(a, jnp.dtype(jnp.bfloat16)) if min(a.lengths) == p.T]
-        TUNED.write_text(json.dumps([tune_one(p, which) for p in problems for which in PASSES], indent=1) + "\n")
-        print(f"wrote {TUNED.relative_to(HERE.parent)}")
-        return 0
     implementations = ["triton", "pallas_gpu"] if backend == "gpu" else ["xla"]
     dtype = jnp.dtype(jnp.bfloat16 if backend == "gpu" else jnp.float32)
     if backend == "gpu" and importlib.util.find_spec("fla") is None:
@@ -511,8 +395,8 @@ def main() -> int:
     }
     record |= {"N": a.heads, "H": a.width, "chunk": CHUNK, "repeats": a.repeats, "agreement": far, "rows": rows}
     a.out.mkdir(parents=True, exist_ok=True)
-    (a.out / "kernels.json").write_text(json.dumps(record, indent=1) + "\n")
-    (a.out / "kernels.md").write_text(text + "\n")
+    write_atomic(a.out / "kernels.json", json.dumps(record, indent=1) + "\n")
+    write_atomic(a.out / "kernels.md", text + "\n")
     plot(rows, a.out / "kernels.png", title)
     print(text)
     return 0

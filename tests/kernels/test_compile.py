@@ -1,5 +1,4 @@
-"""Every kernel compiles for every chip it is for, forward and backward; a GPU kernel spills no more bytes than it may, and a
-TPU kernel's spills cost no more than its schedule may take."""
+"""Every kernel compiles for every chip it is for and spills no more than it may: bytes on a GPU, time on a TPU."""
 
 import dataclasses
 import functools

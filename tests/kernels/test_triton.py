@@ -14,7 +14,7 @@ from pallas_kernels import target
 from pallas_kernels.log_gate_attention import tuned
 from pallas_kernels.log_gate_attention.problem import Problem
 from pallas_kernels.log_gate_attention.triton import cannot_run
-from pallas_kernels.log_gate_attention.triton.plan import Launch, Plan, plan
+from pallas_kernels.log_gate_attention.triton.plan import Launch, Plan, by_rule, plan
 from pallas_kernels.target import Target
 from pallas_kernels.triton_launch import launch
 from tests.kernels import parity
@@ -174,13 +174,15 @@ def test_the_same_kernel_compiles_in_the_process_that_interpreted_it():
 
 
 def test_measured_sizes_come_first(monkeypatch, tmp_path):
+    hopper = Target("gpu", "sm_90")
     problem = Problem(16, 2048, 32, 32, 32, 128, 128, jnp.dtype("bfloat16"))
-    default = plan(problem, Target("gpu", "sm_90"), 64)
-    best = dataclasses.replace(default, chunk=32, states=dataclasses.replace(default.states, num_warps=2))
-    row = {"op": "log_gate_attention", "chip": "sm_90", "pass": "forward", "F": 128, "H": 128, "G": 1}
-    (tmp_path / "tuned.json").write_text(json.dumps([row | {"choice": dataclasses.asdict(best), "ms": 1.0}]))
+    few, mapped = dataclasses.replace(problem, B=1), dataclasses.replace(problem, act="exp", width=128)
+    ruled = plan(problem, hopper, 64)
+    best = dataclasses.replace(ruled, chunk=32, states=dataclasses.replace(ruled.states, num_warps=2))
+    row = tuned.key("sm_90", problem, full=True) | {"choice": dataclasses.asdict(best)}
+    (tmp_path / "tuned.json").write_text(json.dumps([row]))
     monkeypatch.setattr(tuned, "TABLE", tmp_path / "tuned.json")
-    assert plan(problem, Target("gpu", "sm_90"), 64) == best
-    assert plan(problem, Target("gpu", "sm_80"), 64) != best
-    # One pass was measured where batch and heads fill the card.
-    assert not plan(dataclasses.replace(problem, B=1), Target("gpu", "sm_90"), 64).fused
+    assert plan(problem, hopper, 64) == best
+    for other in (few, mapped, dataclasses.replace(problem, S=8, K=8), dataclasses.replace(problem, F=256)):
+        assert plan(other, hopper, 64) == by_rule(other, hopper, 64)
+    assert plan(problem, Target("gpu", "sm_80"), 64) == by_rule(problem, Target("gpu", "sm_80"), 64)

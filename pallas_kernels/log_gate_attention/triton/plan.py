@@ -60,10 +60,22 @@ def power(x: int, least: int = 1) -> int:
 
 
 def plan(problem: Problem, target: Target, chunk: int) -> Plan:
-    """What was measured to be fastest; else tiles that take few instructions a token and do not spill.
+    """What was measured to be fastest for such problems, else what the rules say."""
+    ruled = by_rule(problem, target, chunk)
+    if problem.dtype.itemsize > 2 or problem.T < 128:
+        return ruled
+    measured = tuned.choice(tuned.key(target.chip, problem, ruled.fused > 0))
+    return ruled if measured is None else from_row(measured)
 
-    Both were read from the compiled code, at the shapes of 7-8B models.
-    """
+
+def from_row(choice: dict[str, Any]) -> Plan:
+    """A plan from the fields that a table keeps."""
+    sizes: dict[str, Any] = {name: Launch(**x) if isinstance(x, dict) else x for name, x in choice.items()}
+    return Plan(**sizes)
+
+
+def by_rule(problem: Problem, target: Target, chunk: int) -> Plan:
+    """Tiles that take few instructions a token and spill little, by the code compiled for shapes of 7-8B models."""
     wide = problem.dtype.itemsize > 2
     ampere = is_ampere(target)
     F, H, group = power(problem.F, 16), power(problem.H, 16), problem.N // problem.S
@@ -73,11 +85,6 @@ def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     if problem.act:
         how = _mapped(problem, min(C, 64 if F <= 128 else 32), ampere)
         return dataclasses.replace(how, fused=fused, forward=forward)
-    measured = None if wide or problem.T < 128 else tuned.choice(target.chip, problem.F, problem.H, group)
-    if measured is not None:
-        sizes: dict[str, Any] = {name: Launch(**x) if isinstance(x, dict) else x for name, x in measured.items()}
-        best = Plan(**sizes)
-        return best if fused else dataclasses.replace(best, fused=0)
     heads = min(power(group), max(1, (64 if wide else 128) // C))
     block, grouped = 32 if wide else 64, group > 1
     tile = (min(F, block), min(H, block))
