@@ -1,4 +1,4 @@
-"""What the timings of ``log_gate_attention`` have in common: arguments drawn from one seed, its passes, the clock."""
+"""What timings of the ops have in common: arguments drawn from one seed, passes, the clock."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.log_gate_attention.problem import Problem
+from pallas_kernels.sliding_window.problem import Problem as WindowProblem
 
 PASSES = ("forward", "forward+backward")
 
@@ -41,6 +42,15 @@ def mapped_inputs(problem: Problem) -> dict[str, jax.Array]:
         "q_map": jax.random.normal(keys[2], (p.N, p.H, p.F // 2)) * p.H**-0.5,
         "k_map": jax.random.normal(keys[3], (p.S, p.H, p.F // 2)) * p.H**-0.5,
     }
+
+
+def window_inputs(problem: WindowProblem) -> dict[str, jax.Array]:
+    """``q, k, v, sink, frequencies, dy``."""
+    p, keys = problem, jax.random.split(jax.random.key(2), 5)
+    shapes = [(p.B, p.T, p.N, p.H), *[(p.B, p.W + p.T, p.K, p.H)] * 2, (p.B, p.T, p.N, p.H)]
+    q, k, v, dy = (jax.random.normal(key, shape, p.dtype) for key, shape in zip(keys, shapes, strict=False))
+    frequencies = 1e4 ** -jnp.linspace(0.0, 1.0, p.H // 2, endpoint=False)
+    return {"q": q, "k": k, "v": v, "sink": jax.random.normal(keys[4], (p.N,)), "frequencies": frequencies, "dy": dy}
 
 
 def jax_passes(attend: Callable, arguments: tuple, dy: jax.Array) -> dict[str, tuple[Callable, tuple]]:

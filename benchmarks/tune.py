@@ -1,16 +1,17 @@
 """Tiles of the Triton kernels by measurement, on the GPU at hand.
 
-    uv run --extra cuda python -m benchmarks.tune [--batch 16 1] [--kv-heads 32 8] [--maps none exp]
+    uv run --extra cuda python -m benchmarks.tune [--batch 16 1] [--kv-heads 32 8] [--kinds features exp window]
 
-For each problem (bf16, T=2048, N=32, H=128, and every batch, K, F and map given) the search begins with the tiles that
-``triton/plan.py`` takes by its rules and changes a few sizes of one kernel at a time, each to its half, itself or its
-double, as long as something gets faster by more than a hundredth: first the forward pass, in one pass over the sequence
-and with states first, then with the gradient. Tiles that do not compile, or give other numbers than the first ones, are
-left out. Compilers run side by side on all cores, measurements one after another.
+For each problem (bf16, T=2048, N=32, H=128, and every batch, K, F and kind given: the linear branch from features or
+with its map inside, and the window) the search begins with the tiles that the rules give and changes a few sizes of one
+kernel at a time, each to its half, itself or its double, as long as something gets faster by more than a hundredth:
+first the forward pass, of the linear branch both in one pass over the sequence and with states first, then with the
+gradient. Tiles that do not compile, or give other numbers than the first ones, are left out. Compilers run side by side
+on all cores, measurements one after another.
 
-Prints a table, and writes a row to ``pallas_kernels/log_gate_attention/tuned.json`` as soon as it is found, in place of
-what was there for the same problem on the same chip: its key, ``choice``, which is the fields of the kernels' ``Plan``,
-and milliseconds of both passes with it and by the rules. From then on ``implementation="triton"`` takes these tiles.
+Prints a table, and writes a row to ``pallas_kernels/tuned.json`` as soon as it is found, in place of what was there for
+the same problem on the same chip: its key, ``choice``, which is the fields of the kernels' plan, and milliseconds of
+both passes with it and by the rules. From then on the kernels take these tiles.
 """
 
 from __future__ import annotations
@@ -27,25 +28,30 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from benchmarks.timing import PASSES, inputs, jax_passes, mapped_inputs, seconds_of
+from benchmarks.timing import PASSES, inputs, jax_passes, mapped_inputs, seconds_of, window_inputs
 from lizard_jax.atomic import write_atomic
-from pallas_kernels import target
-from pallas_kernels.log_gate_attention import empty_state, tuned
+from pallas_kernels import target, tuned
+from pallas_kernels.log_gate_attention import log_gate_attention, mapped_log_gate_attention
 from pallas_kernels.log_gate_attention.problem import Problem
-from pallas_kernels.log_gate_attention.triton.plan import Plan, by_rule, power
+from pallas_kernels.log_gate_attention.triton import plan as linear
+from pallas_kernels.sliding_window import sliding_window
+from pallas_kernels.sliding_window.problem import Problem as WindowProblem
+from pallas_kernels.sliding_window.triton import attend as window
 
+KINDS = ("features", "exp", "softmax", "window")
 GAIN = 0.99  # of the time so far, that a change must get below
 FARTHEST = 2e-2  # relative RMS of bf16 results by other tiles
 CALLS = 10  # of one run, in a loop on the device: launching them one by one would take longer than a short pass
 FEWEST_SECONDS = 0.02  # of one measurement
 
-Measure = Callable[[Sequence[Plan]], list[float]]
+Plan = linear.Plan | window.Tiles
+Measure = Callable[[Sequence[Any]], list[float]]
 
 
 class Knob(NamedTuple):
@@ -56,49 +62,92 @@ class Knob(NamedTuple):
     least: int
     most: int
 
-    def of(self, how: Plan) -> int:
+    def of(self, how: Any) -> int:
         return getattr(how if self.kernel is None else getattr(how, self.kernel), self.field)
 
-    def turned(self, how: Plan, value: int) -> Plan:
+    def turned(self, how: Any, value: int) -> Any:
         if self.kernel is None:
             return dataclasses.replace(how, **{self.field: value})
         launch = dataclasses.replace(getattr(how, self.kernel), **{self.field: value})
         return dataclasses.replace(how, **{self.kernel: launch})
 
-    def values(self, how: Plan) -> list[int]:
+    def values(self, how: Any) -> list[int]:
         now = self.of(how)
-        near = (now - 1, now, now + 1) if self.field == "num_stages" else (now // 2, now, now * 2)
+        near = (now - 1, now, now + 1) if "stages" in self.field else (now // 2, now, now * 2)
         return [value for value in near if value == now or self.least <= value <= self.most]
 
 
 Group = tuple[Knob, ...]
 
 
-def forward_groups(problem: Problem, how: Plan) -> list[Group]:
-    """Knobs that are turned together, of the kernels that the forward pass of such a plan runs."""
-    of = _knobs(problem)
+class Subject(NamedTuple):
+    """What is tuned: a problem, ready to be run.
+
+    Attributes:
+        key: of its row.
+        starts: plans to begin with; the first is what the rules say.
+        forward, backward: knobs that are turned together, of the kernels that a pass by such a plan runs; without
+            those of the forward pass in the gradient.
+        attend: output of ``arguments``, whose cotangent ``dy`` is like.
+    """
+
+    key: dict[str, Any]
+    starts: tuple[Plan, ...]
+    forward: Callable[[Any], list[Group]]
+    backward: Callable[[Any], list[Group]]
+    attend: Callable[..., jax.Array]
+    arguments: tuple[jax.Array, ...]
+    dy: jax.Array
+
+
+def of_linear_branch(problem: Problem) -> Subject:
+    """Features as they are, or mapped inside where ``problem.act`` says so."""
+    p, here = problem, target.current()
+    ruled = linear.by_rule(p, here, 64)
+    other = dataclasses.replace(ruled, fused=0 if ruled.fused else 32)
+    x, raw = inputs(p), mapped_inputs(p) if p.act else {}
+    names = ("q", "k", "v", "g", *(("q_map", "k_map") if p.act else ()))
+
+    def attend(q, k, v, g, *maps):
+        if p.act is None:
+            return log_gate_attention(q, k, v, g, implementation="triton")
+        given = dict(zip(("q_map", "k_map"), maps, strict=True))
+        return mapped_log_gate_attention(q, k, v, g, **given, act=p.act, implementation="triton")
+
+    return Subject(
+        key=linear.key(p, here, ruled.fused > 0),
+        starts=(ruled, other),
+        forward=functools.partial(_forward_groups, p),
+        backward=functools.partial(_backward_groups, p),
+        attend=attend,
+        arguments=tuple((x | raw)[name] for name in names),
+        dy=x["dy"],
+    )
+
+
+def _forward_groups(problem: Problem, how: linear.Plan) -> list[Group]:
+    of = _linear_knobs(problem)
     if how.fused:
         return of("forward", "width", "heads", beside=Knob(None, "fused", 16, 128))
     states = [(Knob(None, "chunk", 16, 128),), *of("states", "width", "features")]
     return [*states, *of("outputs", "width", "features", "heads")]
 
 
-def backward_groups(problem: Problem, how: Plan) -> list[Group]:
-    """The same of the gradient; what the forward pass runs, too, stays as it is."""
-    of = _knobs(problem)
+def _backward_groups(problem: Problem, how: linear.Plan) -> list[Group]:
+    of = _linear_knobs(problem)
     states = [(Knob(None, "chunk", 16, 128),), *of("states", "width", "features")] if how.fused else []
     rows = [*of("rows", "places", "heads"), *of("rows", *(("width",) if problem.act else ("width", "features")))[:1]]
     return [*states, *of("cotangents", "width", "features", "heads"), *rows, *of("keys", "places")]
 
 
-def _knobs(problem: Problem) -> Callable[..., list[Group]]:
+def _linear_knobs(problem: Problem) -> Callable[..., list[Group]]:
     """Groups of one kernel: its tile, how it is run, and the size that takes most memory together with its stages.
 
     Tiles are of one half of mapped features and of one query head, as such kernels are written.
     """
-    features = power(problem.F // 2 if problem.act else problem.F, 16)
-    heads = 1 if problem.act else power(problem.N // problem.S)
-    most = {"features": features, "width": power(problem.H, 16), "heads": heads, "places": 128}
+    features = linear.power(problem.F // 2 if problem.act else problem.F, 16)
+    heads = 1 if problem.act else linear.power(problem.N // problem.S)
+    most = {"features": features, "width": linear.power(problem.H, 16), "heads": heads, "places": 128}
 
     def of(kernel: str, *fields: str, beside: Knob | None = None) -> list[Group]:
         tile = tuple(Knob(kernel, name, 1 if name == "heads" else 16, most[name]) for name in fields)
@@ -108,7 +157,36 @@ def _knobs(problem: Problem) -> Callable[..., list[Group]]:
     return of
 
 
-def neighbours(how: Plan, group: Group) -> list[Plan]:
+def of_window(problem: WindowProblem) -> Subject:
+    """With rotation and a sink."""
+    p = problem
+    q, k, v, sink, frequencies, dy = window_inputs(p).values()
+    segments = jnp.ones((p.B, p.T), jnp.int32), jnp.ones((p.B, p.W + p.T), jnp.int32)
+
+    def attend(q, k, v, sink):
+        told = {"rope_frequencies": frequencies, "sink": sink, "implementation": "triton"}
+        return sliding_window(q, k, v, *segments, window=p.W, **told)[0]
+
+    def groups(*kernels: str) -> list[Group]:
+        found: list[Group] = []
+        for kernel in kernels:
+            rows, keys = Knob(kernel, "rows", 16, 256), Knob(kernel, "keys", 16, 128)
+            warps, stages = Knob(kernel, "warps", 2, 8), Knob(kernel, "stages", 1, 4)
+            found += [(rows, keys), (warps, stages), (keys, stages)]
+        return found
+
+    return Subject(
+        key=window.key(p, target.current().chip),
+        starts=(window.tiles_of(p.H, p.dtype),),
+        forward=lambda how: groups("forward"),
+        backward=lambda how: groups("query_gradient", "key_gradient"),
+        attend=attend,
+        arguments=(q, k, v, sink),
+        dy=dy,
+    )
+
+
+def neighbours(how: Any, group: Group) -> list[Any]:
     """Plans with another value of one or several knobs."""
     plans = []
     for values in itertools.product(*(knob.values(how) for knob in group)):
@@ -119,7 +197,7 @@ def neighbours(how: Plan, group: Group) -> list[Plan]:
     return [other for other in plans if other != how]
 
 
-def search(start: Plan, groups: Sequence[Group], measure: Measure) -> tuple[Plan, float]:
+def search(start: Any, groups: Sequence[Group], measure: Measure) -> tuple[Any, float]:
     """The fastest plan found from ``start``, and its milliseconds.
 
     Args:
@@ -141,19 +219,14 @@ def search(start: Plan, groups: Sequence[Group], measure: Measure) -> tuple[Plan
 
 
 class Bench:
-    """One problem's passes, by any plan."""
+    """Times one subject by any plan."""
 
-    def __init__(self, problem: Problem, bar: tqdm) -> None:
-        self.problem, self.bar = problem, bar
+    def __init__(self, subject: Subject, bar: tqdm) -> None:
+        self._passes = jax_passes(subject.attend, subject.arguments, subject.dy)
+        self._bar = bar
         self._first: dict[str, Any] = {}
-        x, p = inputs(problem), problem
-        self._dy, c = x.pop("dy"), jnp.zeros((p.B, p.T, p.S), jnp.float32)
-        self._rest = c, empty_state(p.B, p.S, p.F, p.H)
-        raw = mapped_inputs(p) if p.act else {}
-        names = ("q", "k", "v", "g", *(("q_map", "k_map") if p.act else ()))
-        self._arguments = tuple((x | raw)[name] for name in names)
 
-    def measure(self, which: str, plans: Sequence[Plan]) -> list[float]:
+    def measure(self, which: str, plans: Sequence[Any]) -> list[float]:
         """Milliseconds of each plan in a pass; infinitely many if it does not run or gives other numbers."""
         context = contextvars.copy_context()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -161,25 +234,16 @@ class Bench:
         return [self._time(which, run) for run in made]
 
     def _compiled(self, which: str, how: Plan) -> Callable[[], Any] | None:
-        p, (c, state) = self.problem, self._rest
-
-        def attend(q, k, v, g, *maps):
-            if p.act:
-                from pallas_kernels.log_gate_attention.triton.attend_mapped import attend_mapped_by
-
-                return cast("Any", attend_mapped_by)(q, k, v, g, c, state, *maps, p.act, how)[0]
-            from pallas_kernels.log_gate_attention.triton.attend import attend_by
-
-            return cast("Any", attend_by)(q, k, v, g, c, state, True, how)[0]
-
-        function, arguments = jax_passes(attend, self._arguments, self._dy)[which]
+        function, arguments = self._passes[which]
         try:
-            return functools.partial(jax.jit(_again(function)).lower(*arguments).compile(), *arguments)
+            with tuned.using(dataclasses.asdict(how)):
+                lowered = jax.jit(_again(function)).lower(*arguments)
+            return functools.partial(lowered.compile(), *arguments)
         except Exception:  # tiles that do not fit one another, or the chip; the compilers' own errors, of many kinds
             return None
 
     def _time(self, which: str, run: Callable[[], Any] | None) -> float:
-        self.bar.update()
+        self._bar.update()
         if run is None:
             return math.inf
         try:
@@ -219,53 +283,55 @@ def _distances(truth: Any, other: Any) -> Any:
     return jax.tree.map(one, truth, other)
 
 
-def tune(problem: Problem, bar: tqdm) -> dict[str, Any]:
+def tune(subject: Subject, bar: tqdm) -> dict[str, Any]:
     """A row of the table.
 
     Raises:
         SystemExit: nothing ran, not even what the rules say.
     """
-    here, bench = target.current(), Bench(problem, bar)
-    ruled = by_rule(problem, here, 64)
+    bench, ruled = Bench(subject, bar), subject.starts[0]
     before = [bench.measure(which, [ruled])[0] for which in PASSES]
     if math.inf in before:
-        raise SystemExit(f"the tiles that the rules give for {problem} do not run here: {ruled}")
-    starts = {ruled, dataclasses.replace(ruled, fused=0 if ruled.fused else 32)}
+        raise SystemExit(f"error: the tiles that the rules give do not run here: {subject.key}, {ruled}")
     forward, both = (functools.partial(bench.measure, which) for which in PASSES)
-    found = [search(start, forward_groups(problem, start), forward) for start in starts]
+    found = [search(start, subject.forward(start), forward) for start in subject.starts]
     best, forward_ms = min(found, key=lambda pair: pair[1])
-    best, both_ms = search(best, backward_groups(problem, best), both)
+    best, both_ms = search(best, subject.backward(best), both)
     measured = {"forward_ms": forward_ms, "both_ms": both_ms, "ruled_forward_ms": before[0], "ruled_both_ms": before[1]}
-    key = tuned.key(here.chip, problem, ruled.fused > 0)
-    return key | {"B": problem.B, "T": problem.T, "choice": dataclasses.asdict(best)} | measured
+    B, T = subject.dy.shape[:2]
+    return subject.key | {"B": B, "T": T, "choice": dataclasses.asdict(best)} | measured
 
 
-def keep(row: dict[str, Any], table: Path) -> None:
+def keep(key: dict[str, Any], row: dict[str, Any], table: Path) -> None:
     """Put a row into the table, in place of one with its key."""
-    wanted = {name: row[name] for name in ("op", "chip", "act", "F", "H", "X", "G", "full")}
-    others = [other for other in tuned.rows(table) if not wanted.items() <= other.items()]
+    others = [other for other in tuned.rows(table) if not key.items() <= other.items()]
     write_atomic(table, "[\n " + ",\n ".join(json.dumps(one) for one in [*others, row]) + "\n]\n")
 
 
-def problems(a: argparse.Namespace) -> list[Problem]:
-    return [
-        Problem(
-            B, a.length, a.heads, K, K, F, a.width, jnp.dtype(jnp.bfloat16),
-            act=None if act == "none" else act, width=None if act == "none" else a.width,
-        )
-        for B in a.batch for act in a.maps for F in a.features for K in a.kv_heads
-    ]  # fmt: skip
+def subjects(a: argparse.Namespace) -> dict[str, Callable[[], Subject]]:
+    """By name; each draws its arguments when it is called."""
+    found, dtype = {}, jnp.dtype(jnp.bfloat16)
+    for kind, B, K in itertools.product(a.kinds, a.batch, a.kv_heads):
+        name = f"{kind}, B={B} K={K}"
+        if kind == "window":
+            of_window_here = WindowProblem(B, a.length, a.heads, K, a.width, a.window, dtype, rope=True)
+            found[f"{name} W={a.window}"] = functools.partial(of_window, of_window_here)
+            continue
+        act, width = (None, None) if kind == "features" else (kind, a.width)
+        for F in a.features:
+            problem = Problem(B, a.length, a.heads, K, K, F, a.width, dtype, act=act, width=width)
+            found[f"{name} F={F}"] = functools.partial(of_linear_branch, problem)
+    return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, a row per problem: milliseconds as tuned and of those by the rules."""
-    lines = ["| chip | map | B | G | F | forward, ms | of the rules' | both, ms | of the rules' | one pass |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        told = [row["chip"], row["act"] or "", row["B"], row["G"], row["F"]]
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown, a row per problem: milliseconds as tuned, and what share of those by the rules that is."""
+    lines = ["| problem | chip | forward, ms | of the rules' | both passes, ms | of the rules' |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        told = [name, row["chip"]]
         for which in ("forward", "both"):
             told += [f"{row[f'{which}_ms']:.3f}", f"{row[f'{which}_ms'] / row[f'ruled_{which}_ms']:.2f}"]
-        told.append("yes" if row["choice"]["fused"] else "no")
         lines.append("| " + " | ".join(map(str, told)) + " |")
     return "\n".join(lines)
 
@@ -278,9 +344,10 @@ def main() -> int:
     parser.add_argument("--kv-heads", type=int, nargs="+", default=[32, 8], metavar="K", help="(%(default)s)")
     parser.add_argument("--width", type=int, default=128, metavar="H", help="of heads (%(default)s)")
     parser.add_argument("--features", type=int, nargs="+", default=[128], metavar="F", help="(%(default)s)")
+    parser.add_argument("--window", type=int, default=128, metavar="W", help="(%(default)s)")
     parser.add_argument(
-        "--maps", nargs="+", default=["none", "exp"], choices=["none", "exp", "softmax"],
-        help="feature maps inside the kernel; none where features are given (%(default)s)",
+        "--kinds", nargs="+", default=["features", "exp", "window"], choices=KINDS, metavar="KIND",
+        help=f"of {', '.join(KINDS)} (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--table", type=Path, default=tuned.TABLE, metavar="FILE", help="to write to (tuned.json)")
     a = parser.parse_args()
@@ -288,12 +355,12 @@ def main() -> int:
     if here.platform != "gpu":
         print(f"error: tiles are measured on a GPU; this process has {here.platform}", file=sys.stderr)
         return 2
-    rows = []
-    for problem in problems(a):
-        name = f"{problem.act or 'features'}, B={problem.B} K={problem.K} F={problem.F}"
+    rows = {}
+    for name, make in subjects(a).items():
+        subject = make()
         with tqdm(disable=None, unit=" plans", desc=name) as bar:
-            rows.append(tune(problem, bar))
-        keep(rows[-1], a.table)
+            rows[name] = tune(subject, bar)
+        keep(subject.key, rows[name], a.table)
     print(table(rows))
     print(f"\nwrote {a.table}")
     return 0

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import target
-from pallas_kernels.log_gate_attention import tuned
+from pallas_kernels import target, tuned
 from pallas_kernels.log_gate_attention.problem import Problem
 from pallas_kernels.log_gate_attention.triton import cannot_run
-from pallas_kernels.log_gate_attention.triton.plan import Launch, Plan, by_rule, plan
+from pallas_kernels.log_gate_attention.triton.plan import Launch, Plan, by_rule, key, plan
 from pallas_kernels.target import Target
 from pallas_kernels.triton_launch import launch
 from tests.kernels import parity
@@ -179,7 +178,7 @@ def test_measured_sizes_come_first(monkeypatch, tmp_path):
     few, mapped = dataclasses.replace(problem, B=1), dataclasses.replace(problem, act="exp", width=128)
     ruled = plan(problem, hopper, 64)
     best = dataclasses.replace(ruled, chunk=32, states=dataclasses.replace(ruled.states, num_warps=2))
-    row = tuned.key("sm_90", problem, full=True) | {"choice": dataclasses.asdict(best)}
+    row = key(problem, hopper, full=True) | {"choice": dataclasses.asdict(best)}
     (tmp_path / "tuned.json").write_text(json.dumps([row]))
     monkeypatch.setattr(tuned, "TABLE", tmp_path / "tuned.json")
     assert plan(problem, hopper, 64) == best

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pallas_kernels.log_gate_attention import tuned
+from pallas_kernels import tuned
 from pallas_kernels.log_gate_attention.problem import Problem
 from pallas_kernels.target import Target
 from pallas_kernels.triton_launch import capability
@@ -62,14 +62,23 @@ def power(x: int, least: int = 1) -> int:
 def plan(problem: Problem, target: Target, chunk: int) -> Plan:
     """What was measured to be fastest for such problems, else what the rules say."""
     ruled = by_rule(problem, target, chunk)
-    if problem.dtype.itemsize > 2 or problem.T < 128:
-        return ruled
-    measured = tuned.choice(tuned.key(target.chip, problem, ruled.fused > 0))
+    measurable = problem.dtype.itemsize == 2 and problem.T >= 128
+    measured = tuned.choice(key(problem, target, ruled.fused > 0) if measurable else None)
     return ruled if measured is None else from_row(measured)
 
 
+def key(problem: Problem, target: Target, full: bool) -> dict[str, Any]:
+    """What a measurement in bf16 is for.
+
+    Args:
+        full: there are sequences and heads enough for one pass to fill the card.
+    """
+    sizes = {"F": problem.F, "H": problem.H, "X": problem.width, "G": problem.N // problem.S}
+    return {"op": "log_gate_attention", "chip": target.chip, "act": problem.act} | sizes | {"full": full}
+
+
 def from_row(choice: dict[str, Any]) -> Plan:
-    """A plan from the fields that a table keeps."""
+    """A plan from its fields as a table has them."""
     sizes: dict[str, Any] = {name: Launch(**x) if isinstance(x, dict) else x for name, x in choice.items()}
     return Plan(**sizes)
 

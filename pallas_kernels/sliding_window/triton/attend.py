@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton_launch
+from pallas_kernels import triton_launch, tuned
 from pallas_kernels.sliding_window.problem import ABSENT, Implementation, Problem, differentiable
 from pallas_kernels.sliding_window.rope import tables
+from pallas_kernels.target import Target, current
 
 if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Float, Int
-
-    from pallas_kernels.target import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +65,28 @@ _TILES = {
 
 
 def tiles_of(width: int, dtype: jnp.dtype) -> Tiles:
-    """The tiles for heads of a width."""
+    """The tiles for heads of a width, by rule."""
     size = jnp.dtype(dtype).itemsize
     return _TILES[size, max(_power_of_two(width), 64 if size == 2 else 32)]
+
+
+def key(problem: Problem, chip: str | None) -> dict[str, Any]:
+    """What a measurement in bf16 is for."""
+    sizes = {"H": problem.H, "W": problem.W, "G": problem.N // problem.K}
+    return {"op": "sliding_window", "chip": chip} | sizes | {"rope": problem.rope}
+
+
+def from_row(choice: dict[str, Any]) -> Tiles:
+    """Tiles from their fields as a table has them."""
+    return Tiles(**{name: Tile(**sizes) for name, sizes in choice.items()})
+
+
+def tiles(q: Float[Array, "B T N H"], k: Float[Array, "B WT K H"], window: int, rope: bool) -> Tiles:
+    """What was measured to be fastest for such problems, else what the rules say."""
+    (B, T, N, H), K = q.shape, k.shape[2]
+    here = key(Problem(B, T, N, K, H, window, q.dtype, rope), current().chip)
+    measured = tuned.choice(here if q.dtype.itemsize == 2 and T >= 128 else None)
+    return tiles_of(H, q.dtype) if measured is None else from_row(measured)
 
 
 def _power_of_two(n: int) -> int:
@@ -115,8 +133,8 @@ def _forward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     from pallas_kernels.sliding_window.triton import kernels
 
-    (B, T, N, H), K = q.shape, k.shape[2]
-    tile = tiles_of(H, q.dtype).forward
+    (B, T, N), K = q.shape[:3], k.shape[2]
+    tile = tiles(q, k, window, frequencies is not None).forward
     constants = _constants(q, k, frequencies, window, tile)
     return triton_launch.launch(
         kernels.window_forward,
@@ -144,11 +162,11 @@ def _backward(
     from pallas_kernels.sliding_window.triton import kernels
 
     (B, T, N, H), K = q.shape, k.shape[2]
-    tiles = tiles_of(H, q.dtype)
+    how = tiles(q, k, window, frequencies is not None)
     like = jax.ShapeDtypeStruct
     scale = 1 / math.sqrt(H)
 
-    constants = _constants(q, k, frequencies, window, tiles.query_gradient)
+    constants = _constants(q, k, frequencies, window, how.query_gradient)
     dq, dscore = triton_launch.launch(
         kernels.window_query_gradient,
         *(q, k, v, q_segments, k_segments, *_angles(frequencies, window + T), y, n, dy, dn),
@@ -157,7 +175,7 @@ def _backward(
         SCALE=scale,
         **constants,
     )
-    constants = _constants(q, k, frequencies, window, tiles.key_gradient)
+    constants = _constants(q, k, frequencies, window, how.key_gradient)
     dk, dv = triton_launch.launch(
         kernels.window_key_gradient,
         *(q, k, v, q_segments, k_segments, *_angles(frequencies, window + T), n, dy, dscore),
