@@ -130,7 +130,7 @@ def compile_for(chip: str, function: Callable, *arguments: PyTree[jax.ShapeDtype
     if chip not in CHIPS:
         raise CannotCompile(f"no compiler for {chip!r}; there are {', '.join(CHIPS)}")
     platform = "tpu" if chip in TPUS else "gpu"
-    device = _tpu_device(chip) if platform == "tpu" else _gpu_device(chip)
+    device = tpu_slice(chip)[0] if platform == "tpu" else _gpu_device(chip)
     cores = getattr(device, "num_cores" if platform == "tpu" else "core_count", None)
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, cores, platform))
     sharding = SingleDeviceSharding(device)
@@ -171,7 +171,8 @@ def _tpu_notes() -> Path:
 
 
 @functools.cache
-def _tpu_device(chip: str) -> Any:
+def tpu_slice(chip: str) -> tuple[Any, ...]:
+    """The four devices of a small slice of TPUs, to lay a mesh over and compile for."""
     if importlib.util.find_spec("libtpu") is None:
         raise CannotCompile(f"compiling for {chip} needs libtpu, which is not installed")
     flags = {
@@ -189,7 +190,7 @@ def _tpu_device(chip: str) -> Any:
         TPU_WORKER_HOSTNAMES="localhost",
         TPU_STDERR_LOG_LEVEL="3",
     ):
-        return topologies.get_topology_desc(TPUS[chip], platform="tpu").devices[0]
+        return tuple(topologies.get_topology_desc(TPUS[chip], platform="tpu").devices)
 
 
 @contextlib.contextmanager

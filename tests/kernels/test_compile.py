@@ -104,7 +104,7 @@ def test_spills_of_a_gpu_kernel_are_seen():
 
 @needs("tpu")
 def test_a_function_is_traced_for_its_chip_in_a_process_that_stays_as_it_was(monkeypatch):
-    compiling._tpu_device.cache_clear()
+    compiling.tpu_slice.cache_clear()
     seen, before, devices = [], dict(os.environ), jax.devices()
 
     def function(x):
@@ -148,7 +148,7 @@ def test_a_triton_kernel_that_wants_more_shared_memory_than_a_block_has_fails(mo
 )
 def test_a_compiler_that_is_not_there_is_named_in_one_line(monkeypatch, chip, message):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    compiling._tpu_device.cache_clear()
+    compiling.tpu_slice.cache_clear()
     compiling._gpu_device.cache_clear()
     with pytest.raises(CannotCompile) as raised:
         compile_for(chip, jnp.sin, jax.ShapeDtypeStruct((8,), jnp.float32))
