@@ -225,6 +225,7 @@ class Bench:
         self._passes = jax_passes(subject.attend, subject.arguments, subject.dy)
         self._bar = bar
         self._first: dict[str, Any] = {}
+        self.refused = ""  # why the last plan that could not be taken could not
 
     def measure(self, which: str, plans: Sequence[Any]) -> list[float]:
         """Milliseconds of each plan in a pass; infinitely many if it does not run or gives other numbers."""
@@ -239,7 +240,8 @@ class Bench:
             with tuned.using(dataclasses.asdict(how)):
                 lowered = jax.jit(_again(function)).lower(*arguments)
             return functools.partial(lowered.compile(), *arguments)
-        except Exception:  # tiles that do not fit one another, or the chip; the compilers' own errors, of many kinds
+        except Exception as error:  # tiles that do not fit one another, or the chip; compilers' errors, of many kinds
+            self.refused = _first_line(error)
             return None
 
     def _time(self, which: str, run: Callable[[], Any] | None) -> float:
@@ -248,13 +250,20 @@ class Bench:
             return math.inf
         try:
             result = jax.block_until_ready(run())
-        except jax.errors.JaxRuntimeError:  # too much shared memory is found when it is launched
+        except jax.errors.JaxRuntimeError as error:  # too much shared memory is found when it is launched
+            self.refused = _first_line(error)
             return math.inf
-        if max(jax.tree.leaves(_distances(self._first.setdefault(which, result), result))) > FARTHEST:
+        far = max(jax.tree.leaves(_distances(self._first.setdefault(which, result), result)))
+        if far > FARTHEST:
+            self.refused = f"relative RMS {far:.1e} from the first tiles' numbers"
             return math.inf
         once = seconds_of(run, jax.block_until_ready, 1)
         times = max(1, round(FEWEST_SECONDS / once))
         return 1e3 / CALLS * min(seconds_of(run, jax.block_until_ready, times) for _ in range(3))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _again(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -292,7 +301,9 @@ def tune(subject: Subject, bar: tqdm) -> dict[str, Any]:
     bench, ruled = Bench(subject, bar), subject.starts[0]
     before = [bench.measure(which, [ruled])[0] for which in PASSES]
     if math.inf in before:
-        raise SystemExit(f"error: the tiles that the rules give do not run here: {subject.key}, {ruled}")
+        raise SystemExit(
+            f"error: the tiles that the rules give do not run here: {bench.refused} ({subject.key}, {ruled})"
+        )
     forward, both = (functools.partial(bench.measure, which) for which in PASSES)
     found = [search(start, subject.forward(start), forward) for start in subject.starts]
     best, forward_ms = min(found, key=lambda pair: pair[1])
@@ -351,6 +362,8 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--table", type=Path, default=tuned.TABLE, metavar="FILE", help="to write to (tuned.json)")
     a = parser.parse_args()
+    if odd := [K for K in a.kv_heads if a.heads % K]:
+        parser.error(f"{a.heads} query heads cannot share {odd[0]} key heads; give a --kv-heads that divides --heads")
     here = target.current()
     if here.platform != "gpu":
         print(f"error: tiles are measured on a GPU; this process has {here.platform}", file=sys.stderr)

@@ -103,8 +103,10 @@ def test_whatever_is_tried_computes_the_same(kind, monkeypatch):
         # What does not compile, or gives other numbers, is never the fastest.
         broken = tune.Knob("forward", "keys" if kind == "window" else "width", 16, 128).turned(how, 24)
         assert bench.measure("forward", [broken]) == [math.inf]
+        assert ": " in bench.refused
         bench._first["forward"] = jax.tree.map(lambda x: x + 1, bench._first["forward"])
         assert bench.measure("forward", [how]) == [math.inf]
+        assert bench.refused.startswith("relative RMS")
 
 
 def test_a_row_replaces_the_one_of_its_problem_and_no_other(tmp_path):
@@ -138,6 +140,18 @@ def test_a_machine_without_a_gpu_is_told_so(monkeypatch, capsys):
     with target.override(Target("cpu")):
         assert tune.main() == 2
     assert capsys.readouterr().err == "error: tiles are measured on a GPU; this process has cpu\n"
+
+
+def test_tiles_that_the_rules_give_and_that_do_not_run_end_it_with_the_reason(monkeypatch):
+    """As on a chip without enough memory; the table keeps what it has."""
+
+    def refuse(self, which, plans):
+        self.refused = "ValueError: no room"
+        return [math.inf for _ in plans]
+
+    monkeypatch.setattr(tune.Bench, "measure", refuse)
+    with target.override(HOPPER), pytest.raises(SystemExit, match="do not run here: ValueError: no room"):
+        tune.tune(small("window"), tqdm(disable=True))
 
 
 @needs_triton
