@@ -46,7 +46,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.timing import PASSES, Call, inputs, jax_passes, mapped_inputs, seconds_of
+from benchmarks.timing import FEWEST_SECONDS, PASSES, Call, inputs, jax_passes, mapped_inputs, seconds_of
 from lizard_jax.atomic import write_atomic
 from pallas_kernels import cost
 from pallas_kernels.log_gate_attention import log_gate_attention, mapped_log_gate_attention
@@ -59,7 +59,6 @@ HERE = Path(__file__).resolve().parent
 GPU = {"batch": 16, "lengths": [2048, 4096, 8192], "heads": 32, "kv_heads": [32, 8], "width": 128, "features": [128]}
 CPU = {"batch": 1, "lengths": [512, 1024, 2048], "heads": 8, "kv_heads": [8, 2], "width": 64, "features": [128]}
 CHUNK = 64
-FEWEST_SECONDS = 0.02  # of one measurement: calls are repeated to fill it
 
 
 @dataclasses.dataclass(frozen=True)

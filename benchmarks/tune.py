@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from benchmarks.timing import PASSES, inputs, jax_passes, mapped_inputs, seconds_of, window_inputs
+from benchmarks.timing import FEWEST_SECONDS, PASSES, inputs, jax_passes, mapped_inputs, seconds_of, window_inputs
 from lizard_jax.atomic import write_atomic
 from pallas_kernels import target, tuned
 from pallas_kernels.log_gate_attention import log_gate_attention, mapped_log_gate_attention
@@ -48,7 +48,6 @@ KINDS = ("features", "exp", "softmax", "window")
 GAIN = 0.99  # of the time so far, that a change must get below
 FARTHEST = 2e-2  # relative RMS of bf16 results by other tiles
 CALLS = 10  # of one run, in a loop on the device: launching them one by one would take longer than a short pass
-FEWEST_SECONDS = 0.02  # of one measurement
 
 Plan = linear.Plan | window.Tiles
 Measure = Callable[[Sequence[Any]], list[float]]
