@@ -1,5 +1,6 @@
 """Small random HF models, saved where a test can load them."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,14 @@ def logits(model: transformers.PreTrainedModel, ids: np.ndarray) -> jnp.ndarray:
     """What transformers computes, in float32."""
     with torch.no_grad():
         return jnp.asarray(model(torch.tensor(ids, dtype=torch.long)).logits.float().numpy())
+
+
+def extend_logits(model: transformers.PreTrainedModel, ids: np.ndarray, cache: transformers.DynamicCache) -> jnp.ndarray:
+    """What transformers computes for tokens behind those in ``cache``, which then holds them too.
+
+    Its argument is named ``cache`` since 5.24 and ``past_key_values`` before.
+    """
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    with torch.no_grad():
+        out = model(torch.tensor(ids, dtype=torch.long), use_cache=True, **{name: cache})
+    return jnp.asarray(out.logits.float().numpy())

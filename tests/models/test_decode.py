@@ -54,7 +54,7 @@ def test_chunks_and_steps_equal_the_full_forward(changes):
 
 
 def test_dynamic_rope_decodes_past_its_context_as_transformers_does(tmp_path):
-    import torch
+    from transformers import DynamicCache
 
     from lizard_jax.convert.load import load_hf
     from tests.models import hf
@@ -62,16 +62,11 @@ def test_dynamic_rope_decodes_past_its_context_as_transformers_does(tmp_path):
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     reference = hf.make("Llama", tmp_path, rope_parameters=dynamic, max_position_embeddings=16)
     tokens = hf.tokens(24)
-    cache, expected = None, []
+    cache, expected = DynamicCache(), []
     model = load_hf(tmp_path)
     state, ours = model.init_state(2, 24), []
     for start, stop in ((0, 12), (12, 13), (13, 20), (20, 21)):
-        with torch.no_grad():
-            out = reference(
-                torch.tensor(tokens[:, start:stop], dtype=torch.long), past_key_values=cache, use_cache=True
-            )
-        cache = out.past_key_values
-        expected.append(jnp.asarray(out.logits.numpy()))
+        expected.append(hf.extend_logits(reference, tokens[:, start:stop], cache))
         logits, state = model.extend(jnp.asarray(tokens[:, start:stop]), state)
         ours.append(logits)
     chex.assert_trees_all_close(ours, expected, atol=1e-4, rtol=0)
