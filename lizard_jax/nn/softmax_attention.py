@@ -13,6 +13,8 @@ from lizard_jax.nn.rope import cos_sin, inverse_frequencies, rotate, segment_len
 from lizard_jax.typing import Array, Float, Int
 
 QUERY_BLOCK = 512
+CAUSAL_PARTS = 8
+"""A causal pass goes over this many parts of the queries, each with the keys up to its end: 9/16 of the work."""
 
 
 def interval_attention(
@@ -32,20 +34,25 @@ def interval_attention(
     groups = k.shape[2]
     wide = accumulation_dtype(q)
     index = jnp.arange(k.shape[1], dtype=jnp.int32)
+    # Heads in front and a group's query heads below each other: plain matmuls, batched over leading axes alone.
+    k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
 
     def attend(queries: Array, lowest: Array, highest: Array) -> Array:
-        grouped = queries.reshape(batch, -1, groups, heads // groups, head_dim)
-        scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=wide) * head_dim**-0.5
+        count = queries.shape[1]
+        grouped = jnp.moveaxis(queries.reshape(batch, count, groups, heads // groups, head_dim), 1, 3)
+        grouped = grouped.reshape(batch, groups, -1, head_dim)
+        scores = jnp.einsum("bkth,bksh->bkts", grouped, k, preferred_element_type=wide) * head_dim**-0.5
+        scores = scores.reshape(batch, groups, heads // groups, count, -1)
         seen = (lowest[..., None] <= index) & (index <= highest[..., None])
-        seen = seen[:, None, None]
-        scores = jnp.where(seen, scores, -jnp.inf)
+        scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
         top = jnp.max(scores, axis=-1, keepdims=True)
         top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0.0, top))
         weights = jnp.exp(scores - top)
-        total = jnp.moveaxis(jnp.sum(weights, axis=-1), 3, 1)[..., None]
-        out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v, preferred_element_type=wide)
-        out = out / jnp.where(total == 0, 1.0, total)
-        return out.reshape(batch, -1, heads, head_dim).astype(q.dtype)
+        total = jnp.sum(weights, axis=-1)[..., None]
+        weights = weights.astype(v.dtype).reshape(batch, groups, -1, weights.shape[-1])
+        out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=wide)
+        out = out.reshape(batch, groups, heads // groups, count, head_dim) / jnp.where(total == 0, 1.0, total)
+        return jnp.moveaxis(out, 3, 1).reshape(batch, count, heads, head_dim).astype(q.dtype)
 
     first = jnp.broadcast_to(first, (batch, length))
     last = jnp.broadcast_to(last, (batch, length))
@@ -61,6 +68,24 @@ def interval_attention(
     # Added queries see the interval 1…0, which is empty.
     out = jax.lax.map(lambda block: jax.checkpoint(attend)(*block), (blocks(q, 0), blocks(first, 1), blocks(last, 0)))
     return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, head_dim)[:, :length]
+
+
+def causal_attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], first: Int[Array, "B T"]
+) -> Float[Array, "B T N H"]:
+    """``interval_attention`` of a whole text, where query t sees keys ``first[t] … t``."""
+    length = q.shape[1]
+    index = jnp.arange(length, dtype=jnp.int32)[None]
+    first = jnp.broadcast_to(first, q.shape[:2])
+    # Parts of less than 128 queries are too thin for a matmul to gain by what they spare.
+    part = max(128, -(-length // CAUSAL_PARTS))
+    return jnp.concatenate(
+        [
+            interval_attention(q[:, start:end], k[:, :end], v[:, :end], first[:, start:end], index[:, start:end])
+            for start, end in ((at, min(at + part, length)) for at in range(0, length, part))
+        ],
+        axis=1,
+    )
 
 
 class SoftmaxMixer(nnx.Module):
@@ -100,7 +125,7 @@ class SoftmaxMixer(nnx.Module):
         if self.window is not None:
             first = jnp.maximum(first, index - (self.window - 1))
         cos, sin = cos_sin(inv_freq, positions)
-        return interval_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, first, index)
+        return causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, first)
 
     def init_state(self, batch: int, max_length: int | None, dtype: DTypeLike) -> KVCache:
         """An empty cache.

@@ -55,13 +55,15 @@ def attend(
         cos, sin = tables(frequencies.astype(wide), jnp.arange(window + block))
         q, k = rotate(q, cos[window:], sin[window:]), rotate(k, cos, sin)
 
+    # Heads in front and a key head's query heads below each other: plain matmuls, batched over leading axes alone.
+    q = jnp.moveaxis(q.reshape(B, count, block, K, N // K, H), 2, 4).reshape(B, count, K, -1, H)
+    k, v = jnp.moveaxis(k, 3, 2), jnp.moveaxis(v, 3, 2)
     row, column = jnp.arange(block)[:, None], jnp.arange(window + block)[None, :]
     band = (column > row) & (column <= row + window)
     same = (q_segments[..., :, None] == k_segments[..., None, :]) & (q_segments[..., :, None] != 0)
     met = (band & same)[:, :, None, None]
-    grouped = q.reshape(B, count, block, K, N // K, H)
-    s = jnp.einsum("bcqkgh,bcjkh->bckgqj", grouped, k, precision=precision, preferred_element_type=wide)
-    s = s * jnp.asarray(H**-0.5, wide)
+    s = jnp.einsum("bckqh,bckjh->bckqj", q, k, precision=precision, preferred_element_type=wide)
+    s = s.reshape(B, count, K, N // K, block, -1) * jnp.asarray(H**-0.5, wide)
     sinks = jnp.where((q_segments != 0)[:, :, None, None], sink.astype(wide).reshape(K, N // K, 1), ABSENT)
     top = lax.stop_gradient(jnp.maximum(jnp.max(jnp.where(met, s, ABSENT), axis=-1), sinks))
 
@@ -72,12 +74,10 @@ def attend(
     there = total > 0
     total = jnp.where(there, total, 1.0)
     n = jnp.where(there, jnp.log(total) + top, ABSENT)
-    y = jnp.einsum(
-        "bckgqj,bcjkh->bcqkgh", weights.astype(v.dtype), v, precision=precision, preferred_element_type=wide
-    )  # fmt: skip
-    y = y / jnp.moveaxis(total, 4, 2)[..., None]
-    y = y.reshape(B, count * block, N, H)[:, :T]
-    n = jnp.moveaxis(n, 4, 2).reshape(B, count * block, N)[:, :T]
+    weights = weights.astype(v.dtype).reshape(B, count, K, -1, window + block)
+    y = jnp.einsum("bckqj,bckjh->bckqh", weights, v, precision=precision, preferred_element_type=wide)
+    y = y.reshape(*total.shape, H) / total[..., None]
+    y, n = (jnp.moveaxis(x, 4, 2).reshape(B, count * block, N, *x.shape[5:])[:, :T] for x in (y, n))
     return y.astype(v.dtype), n
 
 
