@@ -43,12 +43,15 @@ class LizardConfig:
     """
 
     act: Literal["softmax", "exp"] = option("exp", "feature activation: softmax over features, or exp")
-    feature_start: Literal["identity", "random"] = option("random", "how the feature maps A start")
+    feature_start: Literal["identity", "random", "slow"] = option(
+        "slow",
+        "how the feature maps A start: identity, random, or random on slow RoPE pairs, one for a key head's heads",
+    )
     feature_half: int = option(0, "half-width of the feature map (F is twice this); 0 means the head width")
     window: int = option(128, "W, the tokens the softmax window sees")
     window_rope: bool = option(True, "rotate q and k inside the window")
     linear_rope: bool = option(False, "rotate q and k before the feature map")
-    meta: Literal["none", "sink", "prefix", "learned"] = option("sink", "meta memory of the window branch")
+    meta: Literal["none", "sink", "prefix", "learned"] = option("prefix", "meta memory of the window branch")
     meta_tokens: int = option(4, "M, the number of meta tokens")
     memory: Literal["all", "evicted", "none"] = option(
         "evicted", "what the linear branch holds: all tokens, those that left the window, or none (window only)"
@@ -57,14 +60,15 @@ class LizardConfig:
     gate: Literal["scalar", "mamba2", "low_rank", "channel", "pooled", "none"] = option("scalar", "forget gate")
     gate_bias: bool = option(True, "give the scalar gate a learned bias, spread from 1 to 6 across the heads")
     state_heads: Literal["kv", "query"] = option("kv", "one state per key/value head, or per query head")
-    beta_start: float = option(-3.0, "where beta, the joint merge's bias towards the linear branch, starts")
+    beta_start: float = option(-12.0, "where beta, the joint merge's bias towards the linear branch, starts")
+    measured_start: bool = option(True, "start gates and beta where a little training text says (scalar gate, joint)")
     chunk: int = option(64, "C, the chunk length of the linear branch")
     softmax_layers: tuple[int, ...] = option((), "layers that keep the teacher's softmax attention")
 
     def __post_init__(self) -> None:
         choices = {
             "act": ("softmax", "exp"),
-            "feature_start": ("identity", "random"),
+            "feature_start": ("identity", "random", "slow"),
             "meta": ("none", "sink", "prefix", "learned"),
             "memory": ("all", "evicted", "none"),
             "combine": ("sum", "joint"),
@@ -97,15 +101,15 @@ class LizardConfig:
 PRESETS: dict[str, LizardConfig] = {
     "lizard_paper": LizardConfig(
         act="softmax", feature_start="identity", window_rope=False, meta="prefix", memory="all", combine="sum",
-        gate_bias=False, state_heads="query",
+        gate_bias=False, state_heads="query", measured_start=False,
     ),
     "lizard_sink": LizardConfig(
         act="softmax", feature_start="identity", window_rope=False, meta="sink", memory="all", combine="sum",
-        gate_bias=False, state_heads="query",
+        gate_bias=False, state_heads="query", measured_start=False,
     ),
     "lolcats": LizardConfig(
         act="softmax", feature_start="identity", linear_rope=True, meta="none", gate="none", gate_bias=False,
-        state_heads="query", beta_start=0.0,
+        state_heads="query", beta_start=0.0, measured_start=False,
     ),
     "lizard": LizardConfig(),
 }  # fmt: skip
@@ -219,6 +223,7 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     train_new: bool = option(True, "stage 2: keep training the new attention modules beside LoRA")
     full: bool = option(False, "stage 2: train every weight instead of LoRA")
+    kl: float = option(0.9, "stage 2: share of the loss that is KL to the teacher's predictions, not next-token loss")
     remat: bool = option(True, "stages 0 and 2: recompute each block in the backward pass to save memory")
     validate_every: int = option(0, "steps between validations; 0 makes ten of them")
     save_every: int = option(0, "steps between checkpoints; 0 saves at each validation")

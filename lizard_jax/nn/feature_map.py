@@ -7,8 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lizard_jax.nn.params import NewParam
-from lizard_jax.typing import Array, Float
+from lizard_jax.typing import Array, Float, Key
 from pallas_kernels.log_gate_attention import feature_map
+
+SLOW = 0.25
+"""Radians within a window up to which a RoPE pair counts as slow."""
 
 
 def identity_start(head_dim: int, half: int) -> Float[Array, "H f"]:
@@ -19,6 +22,20 @@ def identity_start(head_dim: int, half: int) -> Float[Array, "H f"]:
     middle = head_dim // 2
     kept = jnp.concatenate([jnp.arange(middle - pairs, middle), jnp.arange(head_dim - (half - pairs), head_dim)])
     return jnp.eye(head_dim, dtype=jnp.float32)[:, kept]
+
+
+def slow_start(
+    frequencies: Float[Array, " H/2"], window: int, heads: int, half: int, key: Key[Array, ""]
+) -> Float[Array, "heads H half"]:
+    """A for each of ``heads`` heads: normal(0, 1/H) on the coordinates of slow RoPE pairs, 0 on the others.
+
+    Queries and keys reach the linear branch unrotated, and at distances beyond the window only pairs that turn less
+    than ``SLOW`` radians within one are still near their teacher's angle. At least the slowest pair is kept.
+    """
+    head_dim = 2 * frequencies.shape[0]
+    slow = (frequencies * window <= SLOW) | (frequencies == jnp.min(frequencies))
+    kept = jnp.concatenate([slow, slow])[:, None].astype(jnp.float32)
+    return kept * jax.random.normal(key, (heads, head_dim, half), jnp.float32) / head_dim**0.5
 
 
 class FeatureMap(nnx.Module):
@@ -34,13 +51,15 @@ class FeatureMap(nnx.Module):
         head_dim: int,
         half: int,
         act: Literal["softmax", "exp"],
-        start: Literal["identity", "random"],
+        start: Literal["identity", "random"] | Float[Array, "heads H half"],
         *,
         rngs: nnx.Rngs,
     ):
         self.heads = heads
         self.act: Literal["softmax", "exp"] = act
-        if start == "identity":
+        if not isinstance(start, str):
+            kernel = start
+        elif start == "identity":
             kernel = jnp.broadcast_to(identity_start(head_dim, half), (heads, head_dim, half))
         else:
             kernel = jax.random.normal(rngs.params(), (heads, head_dim, half), jnp.float32) / head_dim**0.5

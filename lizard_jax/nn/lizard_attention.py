@@ -5,13 +5,14 @@ is a continuation from the empty past, so training, chunked prefill and one-toke
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lizard_jax.config import ModelConfig
-from lizard_jax.nn.feature_map import FeatureMap
+from lizard_jax.nn.feature_map import FeatureMap, slow_start
 from lizard_jax.nn.gate import Gate
 from lizard_jax.nn.numerics import ABSENT, accumulation_dtype
 from lizard_jax.nn.params import NewParam
@@ -41,6 +42,23 @@ class LizardState:
     linear: LinearState | None
 
 
+@dataclass(frozen=True)
+class Branches:
+    """What the two branches say of every query, before they are combined; the linear one's are None without memory.
+
+    Attributes:
+        near: ``[B, T, N, H]`` output of the window, meta memory included.
+        near_log: ``[B, T, N]`` its log-normalizer.
+        far: ``[B, T, N, H]`` output of the linear branch, in fp32.
+        far_log: ``[B, T, N]`` its log-normalizer, without β; -1e30 where its memory is empty.
+    """
+
+    near: Float[Array, "B T N H"]
+    near_log: Float[Array, "B T N"]
+    far: Float[Array, "B T N H"] | None
+    far_log: Float[Array, "B T N"] | None
+
+
 class LizardMixer(nnx.Module):
     """Heads of Lizard attention from unrotated q, k, v and the layer's normalized input x.
 
@@ -61,8 +79,14 @@ class LizardMixer(nnx.Module):
 
         phi_q = phi_k = gate = alpha = beta = sink = meta_k = meta_v = None
         if switches.memory != "none":
-            phi_q = FeatureMap(heads, width, half, switches.act, switches.feature_start, rngs=rngs)
-            phi_k = FeatureMap(state_heads, width, half, switches.act, switches.feature_start, rngs=rngs)
+            starts: Any = (switches.feature_start,) * 2
+            if switches.feature_start == "slow":
+                # One map for a key head's keys and queries: only then are their features' products a kernel of both.
+                frequencies = inverse_frequencies(config.rope, width)
+                shared = slow_start(frequencies, switches.window, kv_heads, half, rngs.params())
+                starts = [jnp.repeat(shared, count // kv_heads, axis=0) for count in (heads, state_heads)]
+            phi_q = FeatureMap(heads, width, half, switches.act, starts[0], rngs=rngs)
+            phi_k = FeatureMap(state_heads, width, half, switches.act, starts[1], rngs=rngs)
             gate = Gate(switches, config.hidden_size, state_heads, 2 * half, rngs=rngs)
             if switches.combine == "sum":
                 alpha = NewParam(jnp.ones((), jnp.float32))
@@ -88,6 +112,18 @@ class LizardMixer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T N H"]:
         """The head outputs before o_proj, in q's dtype; 0 for padding (segment 0)."""
+        return self.combine(self.branches(x, q, k, v, segment_ids=segment_ids), q, segment_ids)
+
+    def branches(
+        self,
+        x: Float[Array, "B T D"],
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Branches:
+        """What each branch says of a whole text, as ``__call__`` combines it."""
         state = self.init_state(q.shape[0], None, k.dtype)
         segments = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         prefix_k = prefix_v = None
@@ -98,11 +134,29 @@ class LizardMixer(nnx.Module):
             index = jnp.minimum(index, q.shape[1] - 1)
             prefix_k, prefix_v = (jax.vmap(lambda a, i: a[i])(tokens, index) for tokens in (k, v))  # [B, T, M, K, H]
         past = jnp.zeros((q.shape[0], self.switches.window), jnp.int32)
-        heads, _ = self._mix(
+        return self._branches(
             x, q, k, v, state, segments, jnp.concatenate([past, segments], axis=1), segment_positions(segments),
             prefix_k, prefix_v, segment_ids,
-        )  # fmt: skip
-        return heads
+        )[0]  # fmt: skip
+
+    def combine(
+        self, branches: Branches, q: Float[Array, "B T N H"], segment_ids: Int[Array, "B T"] | None
+    ) -> Float[Array, "B T N H"]:
+        """The head outputs that the branches' add up to (docs/attention.md, Combination); 0 for padding."""
+        if branches.far is None or branches.far_log is None:
+            return branches.near.astype(q.dtype)
+        far, near = branches.far, branches.near.astype(branches.far.dtype)
+        if self.alpha is not None:
+            mixed = far + self.alpha[...].astype(near.dtype) * near
+        else:
+            assert self.beta is not None
+            near_log, far_log = branches.near_log, branches.far_log + self.beta[...].astype(far.dtype)
+            top = jax.lax.stop_gradient(jnp.maximum(near_log, far_log))
+            near_weight, far_weight = jnp.exp(near_log - top)[..., None], jnp.exp(far_log - top)[..., None]
+            mixed = (near_weight * near + far_weight * far) / (near_weight + far_weight)
+        if segment_ids is not None:
+            mixed = jnp.where((segment_ids != 0)[..., None, None], mixed, 0.0)
+        return mixed.astype(q.dtype)
 
     def init_state(self, batch: int, max_length: int | None, dtype: jnp.dtype) -> LizardState:
         """The empty past. ``max_length`` is not needed: the state never grows."""
@@ -151,7 +205,7 @@ class LizardMixer(nnx.Module):
             index = jnp.clip(slot, 0, time - 1)[..., None, None]
             prefix_k = jnp.where(arriving, jnp.take_along_axis(k, index, axis=1), prefix_k)
             prefix_v = jnp.where(arriving, jnp.take_along_axis(v, index, axis=1), prefix_v)
-        heads, linear = self._mix(
+        branches, linear = self._branches(
             x, q, k, v, state, segments, k_segments, positions,
             None if prefix_k is None else prefix_k[:, None],
             None if prefix_v is None else prefix_v[:, None],
@@ -163,9 +217,10 @@ class LizardMixer(nnx.Module):
             return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, window))(tokens, lengths)
 
         ring_k, ring_v = last(state.ring_k, k), last(state.ring_v, v)
+        heads = self.combine(branches, q, segments)
         return heads, LizardState(state.position + lengths, ring_k, ring_v, prefix_k, prefix_v, linear)
 
-    def _mix(
+    def _branches(
         self,
         x: Float[Array, "B T D"],
         q: Float[Array, "B T N H"],
@@ -178,7 +233,7 @@ class LizardMixer(nnx.Module):
         prefix_k: Float[Array, "B P M K H"] | None,
         prefix_v: Float[Array, "B P M K H"] | None,
         segment_ids: Int[Array, "B T"] | None,
-    ) -> tuple[Float[Array, "B T N H"], LinearState | None]:
+    ) -> tuple[Branches, LinearState | None]:
         switches = self.switches
         all_k = jnp.concatenate([state.ring_k, k], axis=1)
         all_v = jnp.concatenate([state.ring_v, v], axis=1)
@@ -195,21 +250,11 @@ class LizardMixer(nnx.Module):
             positions=positions,
         )  # fmt: skip
         if switches.memory == "none":
-            return near.astype(q.dtype), None
-
-        near = near.astype(accumulation_dtype(q))
+            return Branches(near, near_log, None, None), None
         far, far_log, linear = self._linear(
             x, q, k, v, all_k, all_v, state, segments, k_segments, positions, segment_ids
         )
-        if self.alpha is not None:
-            mixed = far + self.alpha[...].astype(near.dtype) * near
-        else:
-            assert self.beta is not None
-            far_log = far_log + self.beta[...].astype(far_log.dtype)
-            top = jax.lax.stop_gradient(jnp.maximum(near_log, far_log))
-            near_weight, far_weight = jnp.exp(near_log - top)[..., None], jnp.exp(far_log - top)[..., None]
-            mixed = (near_weight * near + far_weight * far) / (near_weight + far_weight)
-        return jnp.where((segments != 0)[..., None, None], mixed, 0.0).astype(q.dtype), linear
+        return Branches(near, near_log, far, far_log), linear
 
     def _linear(
         self,

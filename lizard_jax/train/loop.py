@@ -208,8 +208,10 @@ def _told(numbers: dict[str, Any]) -> str:
     told = f"loss {numbers['loss']:.4f}"
     if "teacher_loss" in numbers:
         told += f" (teacher {numbers['teacher_loss']:.4f})"
-    if numbers.get("layer_mse"):
-        told += f"  layer mse {np.mean(numbers['layer_mse']):.3e}"
+    if "kl" in numbers:
+        told += f"  KL {numbers['kl']:.4f}"
+    if numbers.get("layer_error"):
+        told += f"  layer error {np.mean(numbers['layer_error']):.4f}"
     return told
 
 

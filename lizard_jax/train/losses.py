@@ -1,4 +1,4 @@
-"""The two losses: next-token cross-entropy, and the error of a layer's head outputs."""
+"""The losses: next-token cross-entropy, KL to the teacher's predictions, and the error of a layer's head outputs."""
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,26 @@ def cross_entropy(
 
     Logits are formed for a slice of the sequence at a time and formed again in the backward pass.
     """
+    return prediction_losses(model, hidden, targets, mask)[0]
+
+
+def prediction_losses(
+    model: Llama,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+    teacher_hidden: Float[Array, "B T D"] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sums over unmasked positions, in nats, fp32: −log p(target), and KL(teacher ‖ student) over the whole vocabulary.
+
+    The teacher's final hidden states pass through the same head, which no stage that has a teacher inside trains; no
+    gradient reaches them. Without them KL is 0. Logits of both are formed for a slice of the sequence at a time and
+    formed again in the backward pass, so that the exact KL needs no more memory than the cross-entropy.
+    """
     batch, time, _ = hidden.shape
+    both = 1 if teacher_hidden is None else 2
     slices = 1
-    while slices < time and (batch * time * model.config.vocab_size) // slices > LOGITS_AT_ONCE:
+    while slices < time and (both * batch * time * model.config.vocab_size) // slices > LOGITS_AT_ONCE:
         slices *= 2
     length = -(-time // slices)
     pad = slices * length - time
@@ -30,17 +47,22 @@ def cross_entropy(
         return jnp.moveaxis(padded.reshape(batch, slices, length, *a.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def piece(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        piece_hidden, piece_targets, piece_mask = part
-        logits = model.logits(piece_hidden)
-        picked = jnp.take_along_axis(logits, piece_targets[..., None], axis=-1)[..., 0]
-        nll = jax.nn.logsumexp(logits, axis=-1) - picked
-        return total + (nll * piece_mask.astype(nll.dtype)).sum(), None
+    def piece(totals: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
+        piece_hidden, piece_targets, piece_mask, *teacher = part
+        log_p = jax.nn.log_softmax(model.logits(piece_hidden))
+        weight = piece_mask.astype(log_p.dtype)
+        nll = -jnp.take_along_axis(log_p, piece_targets[..., None], axis=-1)[..., 0]
+        kl = jnp.zeros_like(nll)
+        if teacher:
+            log_t = jax.lax.stop_gradient(jax.nn.log_softmax(model.logits(teacher[0])))
+            kl = (jnp.exp(log_t) * (log_t - log_p)).sum(-1)
+        return (totals[0] + (nll * weight).sum(), totals[1] + (kl * weight).sum()), None
 
-    start = jnp.zeros((), accumulation_dtype(hidden))
+    zero = jnp.zeros((), accumulation_dtype(hidden))
+    parts = (hidden, targets, mask, *(() if teacher_hidden is None else (teacher_hidden,)))
     if slices == 1:
-        return piece(start, (hidden, targets, mask))[0]
-    return jax.lax.scan(piece, start, (cut(hidden), cut(targets), cut(mask)))[0]
+        return piece((zero, zero), parts)[0]
+    return jax.lax.scan(piece, (zero, zero), tuple(cut(part) for part in parts))[0]
 
 
 def head_error(
@@ -50,3 +72,8 @@ def head_error(
     dtype = accumulation_dtype(student)
     error = jnp.square(student.astype(dtype) - teacher.astype(dtype)).mean(axis=(-2, -1))
     return jnp.where(segment_ids != 0, error, 0.0).sum()
+
+
+def head_power(teacher: Float[Array, "B T N H"], segment_ids: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Sum over real positions of the mean square of the teacher's head outputs, fp32: the scale of ``head_error``."""
+    return head_error(jnp.zeros_like(teacher), teacher, segment_ids)

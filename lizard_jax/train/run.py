@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from lizard_jax.lora import add_lora
 from lizard_jax.models import Llama
 from lizard_jax.models import build as build_model
 from lizard_jax.nn.params import NewParam
-from lizard_jax.train import checkpoint, report, stages
+from lizard_jax.train import checkpoint, report, stages, start
 from lizard_jax.train.loop import Trainer
+from pallas_kernels import partition
 
 # A resumed run may differ in these: where it lies, on what, how often it saves, and paths that fingerprints stand for.
 MAY_CHANGE = ("out", "mesh.", "validate_every", "save_every", "teacher", "data.path")
@@ -116,6 +118,7 @@ def check(config: RunConfig) -> None:
         ("beta1", optim.beta1, 0 <= optim.beta1 < 1),
         ("beta2", optim.beta2, 0 <= optim.beta2 < 1),
         ("weight decay", optim.weight_decay, optim.weight_decay >= 0),
+        ("kl", config.kl, 0 <= config.kl <= 1),
         ("steps", config.steps, config.steps >= 0),
         ("validate-every", config.validate_every, config.validate_every >= 0),
         ("save-every", config.save_every, config.save_every >= 0),
@@ -223,6 +226,10 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
     record["data"] = {"fingerprint": loader.fingerprint, "tokens": loader.num_tokens}
     _check_same(place, record)
     model = start_model(config, source, mesh)
+    if config.stage == 1 and start.measures(config.attention) and not checkpoint.has_checkpoint(place):
+        found = measured(config, model, loader, mesh)
+        if jax.process_index() == 0:
+            print(found.summary(), file=sys.stderr, flush=True)
 
     place.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
@@ -239,6 +246,18 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
     result = report.write(config, trainer.history, place, extra)
     report.show(config, result, place)
     return result
+
+
+def measured(config: RunConfig, model: Llama, loader: Loader, mesh: Mesh) -> start.Start:
+    """The model's gates and β, in place, where the first of its training text says (``train/start.py``)."""
+    where = sharding.batch_sharding(mesh)
+    count = start.batches_needed(config.data.batch_size, config.data.sequence_length)
+    with partition.over(sharding.kernel_partition(mesh)):
+        return start.measure_start(
+            model,
+            [loader.batch(step) for step in range(count)],
+            lambda batch: sharding.put(batch, jax.tree.map(lambda _: where, batch)),
+        )
 
 
 def _shape_of(config: RunConfig, source: Path) -> ModelConfig:

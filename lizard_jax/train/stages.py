@@ -4,8 +4,8 @@
 stage  trains                              loss
 ====== =================================== ==============================================================
 0      every weight of a softmax decoder   next-token cross-entropy
-1      the new attention modules           per layer, MSE of head outputs against the teacher's softmax
-2      LoRA on q, k, v; the new modules    next-token cross-entropy of the student
+1      the new attention modules           per layer, MSE of head outputs relative to the teacher's mean square
+2      LoRA on q, k, v; the new modules    KL to the teacher's predictions and next-token cross-entropy
 ====== =================================== ==============================================================
 """
 
@@ -24,7 +24,7 @@ from lizard_jax.nn.lizard_attention import LizardMixer
 from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.nn.params import BaseParam, LoraParam, NewParam
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
-from lizard_jax.train.losses import cross_entropy, head_error
+from lizard_jax.train.losses import cross_entropy, head_error, head_power, prediction_losses
 from lizard_jax.typing import Array
 
 
@@ -70,21 +70,31 @@ def loss_and_grads(config: RunConfig, model: Llama, batch: Batch) -> tuple[nnx.S
 
     Returns:
         The gradients, shaped as ``nnx.state(model, trainable(config))``, and ``loss`` (fp32 scalar: nats a token, or
-        the mean over layers of the MSE), with ``layer_mse[L]`` beside it in stage 1.
+        the mean over layers of the relative error), with ``layer_mse[L]`` beside it in stage 1 and, where the loss has
+        both parts, ``nll`` and ``kl`` in stage 2.
     """
     if config.stage == 1:
         return _distil(model, batch)
     graph, train, rest = nnx.split(model, trainable(config), ...)
     inputs, targets, segments, mask = _arrays(batch)
+    share = kl_share(config)
+    # The teacher is the frozen base of the same weights: it costs a forward pass and no memory of its own.
+    taught = teacher_of(model).hidden(inputs, segment_ids=segments) if share else None
 
-    def loss(params: nnx.State) -> Array:
+    def loss(params: nnx.State) -> tuple[Array, dict[str, Array]]:
         whole = nnx.merge(graph, params, rest)
         hidden = whole.hidden(inputs, segment_ids=segments, remat=config.remat)
-        total = cross_entropy(whole, hidden, targets, mask)
-        return total / jnp.maximum(mask.sum().astype(total.dtype), 1.0)
+        count = jnp.maximum(mask.sum().astype(accumulation_dtype(hidden)), 1.0)
+        nll, kl = (total / count for total in prediction_losses(whole, hidden, targets, mask, taught))
+        return (1.0 - share) * nll + share * kl, {"nll": nll, "kl": kl} if share else {}
 
-    value, grads = jax.value_and_grad(loss)(train)
-    return grads, {"loss": value}
+    (value, parts), grads = jax.value_and_grad(loss, has_aux=True)(train)
+    return grads, {"loss": value, **parts}
+
+
+def kl_share(config: RunConfig) -> float:
+    """The KL's share of the loss: 0 where no teacher is inside, in stage 0 and when every weight moves."""
+    return config.kl if config.stage == 2 and not config.full else 0.0
 
 
 def _distil(model: Llama, batch: Batch) -> tuple[nnx.State, dict[str, Array]]:
@@ -95,6 +105,7 @@ def _distil(model: Llama, batch: Batch) -> tuple[nnx.State, dict[str, Array]]:
     errors = []
     inputs, _, segments, _ = _arrays(batch)
     x = model.embed(inputs)
+    loss = jnp.zeros((), accumulation_dtype(x))
     for index, block in enumerate(model.layers):
         normed = block.attention_norm(x)
         q, k, v = block.attention.qkv(normed)
@@ -106,18 +117,20 @@ def _distil(model: Llama, batch: Batch) -> tuple[nnx.State, dict[str, Array]]:
             def error(params, inputs=(normed, q, k, v), target=teacher_heads, graph=graph, rest=rest):
                 heads = nnx.merge(graph, params, rest)(*inputs, segment_ids=segments)
                 total = head_error(heads, target, segments)
+                # Layers differ by orders of magnitude; relative to its teacher's, each error counts alike.
+                relative = total / jnp.maximum(head_power(target, segments), jnp.finfo(total.dtype).tiny)
                 mean = total / jnp.maximum((segments != 0).sum().astype(total.dtype), 1.0)
-                return mean / students, mean
+                return relative / students, (relative, mean)
 
-            layer_grads, mean = jax.grad(error, has_aux=True)(new)
+            layer_grads, (relative, mean) = jax.grad(error, has_aux=True)(new)
             x = _after((layer_grads, mean), x)
             grads["layers"][index]["attention"]["mixer"] = layer_grads
             errors.append(mean)
+            loss = loss + relative / students
         else:
             errors.append(jnp.zeros((), accumulation_dtype(teacher_heads)))
         x = block.after_heads(x, teacher_heads)
-    layer_mse = jnp.stack(errors)
-    return grads, {"loss": layer_mse.sum() / students, "layer_mse": layer_mse}
+    return grads, {"loss": loss, "layer_mse": jnp.stack(errors)}
 
 
 def _after(first: Any, x: Array) -> Array:
@@ -134,16 +147,15 @@ def _after(first: Any, x: Array) -> Array:
 def evaluate(config: RunConfig, model: Llama, batch: Batch) -> dict[str, Array]:
     """Sums over one held-out batch, to be added up and handed to ``finish``.
 
-    ``student_nll`` and ``tokens`` always; ``teacher_nll``, ``layer_mse[L]`` and ``positions`` where the teacher is
-    still inside the model (stages 1 and 2, except full fine-tuning, which moves it).
+    ``student_nll`` and ``tokens`` always; ``teacher_nll``, ``kl``, ``layer_mse[L]``, ``layer_power[L]`` and
+    ``positions`` where the teacher is still inside the model (stages 1 and 2, except full fine-tuning, which moves it).
     """
     inputs, targets, segments, mask = _arrays(batch)
     hidden = model.hidden(inputs, segment_ids=segments)
-    sums = {"student_nll": cross_entropy(model, hidden, targets, mask), "tokens": mask.sum()}
     if config.stage == 0 or config.full:
-        return sums
+        return {"student_nll": cross_entropy(model, hidden, targets, mask), "tokens": mask.sum()}
     teacher = teacher_of(model)
-    errors = []
+    errors, powers = [], []
     x = teacher.embed(inputs)
     for teacher_block, student_block in zip(teacher.layers, model.layers, strict=True):
         heads = {}
@@ -152,17 +164,25 @@ def evaluate(config: RunConfig, model: Llama, batch: Batch) -> dict[str, Array]:
             q, k, v = block.attention.qkv(normed)
             heads[name] = block.attention.mixer(normed, q, k, v, segment_ids=segments)
         errors.append(head_error(heads["student"], heads["teacher"], segments))
+        powers.append(head_power(heads["teacher"], segments))
         x = teacher_block.after_heads(x, heads["teacher"])
-    return sums | {
-        "teacher_nll": cross_entropy(teacher, teacher.norm(x), targets, mask),
+    taught = teacher.norm(x)
+    nll, kl = prediction_losses(model, hidden, targets, mask, taught)
+    return {
+        "student_nll": nll,
+        "tokens": mask.sum(),
+        "kl": kl,
+        "teacher_nll": cross_entropy(teacher, taught, targets, mask),
         "layer_mse": jnp.stack(errors),
+        "layer_power": jnp.stack(powers),
         "positions": (segments != 0).sum().astype(jnp.float32),
     }
 
 
 def finish(sums: dict[str, Array]) -> dict[str, Any]:
     """Held-out numbers from added-up sums: ``loss`` (nats a token) and ``perplexity`` of the student; with
-    ``teacher_loss``, ``teacher_perplexity`` and the list ``layer_mse`` where they were measured."""
+    ``teacher_loss``, ``teacher_perplexity``, ``kl`` and the lists ``layer_mse`` and ``layer_error`` (relative to the
+    teacher's mean square) where they were measured."""
     host = jax.device_get(sums)
     tokens = max(float(host["tokens"]), 1.0)
 
@@ -173,5 +193,8 @@ def finish(sums: dict[str, Array]) -> dict[str, Any]:
     out: dict[str, Any] = both("", host["student_nll"]) | {"tokens": int(tokens)}
     if "teacher_nll" in host:
         out |= both("teacher_", host["teacher_nll"])
+        out["kl"] = float(host["kl"]) / tokens
         out["layer_mse"] = [float(error) / max(float(host["positions"]), 1.0) for error in host["layer_mse"]]
+        pairs = zip(host["layer_mse"], host["layer_power"], strict=True)
+        out["layer_error"] = [float(error) / float(power) if power else 0.0 for error, power in pairs]
     return out

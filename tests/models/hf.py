@@ -49,7 +49,9 @@ def logits(model: transformers.PreTrainedModel, ids: np.ndarray) -> jnp.ndarray:
         return jnp.asarray(model(torch.tensor(ids, dtype=torch.long)).logits.float().numpy())
 
 
-def extend_logits(model: transformers.PreTrainedModel, ids: np.ndarray, cache: transformers.DynamicCache) -> jnp.ndarray:
+def extend_logits(
+    model: transformers.PreTrainedModel, ids: np.ndarray, cache: transformers.DynamicCache
+) -> jnp.ndarray:
     """What transformers computes for tokens behind those in ``cache``, which then holds them too.
 
     Its argument is named ``cache`` since 5.24 and ``past_key_values`` before.

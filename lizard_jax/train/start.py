@@ -1,0 +1,195 @@
+"""Where stage 1 starts from: gates and β by what a little training text says, so that memory begins as far as it helps.
+
+The frozen teacher reads the text once. At each layer the linear branch is run with every candidate age of the gates,
+and merged with the window at every candidate share; each state head takes the age, and each query head the share, whose
+head outputs come closest to the teacher's. The least share is next to none, so that a memory which does not help yet
+leaves the student its window. No gradient, no step: a *training-free student*.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lizard_jax.config import LizardConfig
+from lizard_jax.data.loader import Batch
+from lizard_jax.models.llama import Block, Llama
+from lizard_jax.nn.lizard_attention import LizardMixer
+from lizard_jax.nn.numerics import ABSENT, accumulation_dtype
+from lizard_jax.nn.params import NewParam
+from lizard_jax.nn.softmax_attention import SoftmaxMixer
+from lizard_jax.typing import Array, Float, Int
+
+AGES = (0.5, 2.0, 8.0, 64.0)
+"""Candidates for the mean age of what a state holds, in windows: a gate of bias b forgets one part in e^b a token."""
+SHARES = (0.001, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.7)
+"""Candidates for a memory's share of a query's softmax (at the mean of its log-odds)."""
+TOKENS = 8192
+"""Tokens of text that start values are measured on, at least one batch."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What was chosen.
+
+    Attributes:
+        age: ``[L, S]`` mean age of what each state head holds, in tokens; NaN where the gate has no bias to choose.
+        share: ``[L, N]`` share of each query head's softmax that its memory starts with.
+        error: ``[L]`` relative error of the head outputs with these values, and ``window_error`` with the window alone.
+
+    Layers that keep softmax attention have no row.
+    """
+
+    age: Float[np.ndarray, "L S"]
+    share: Float[np.ndarray, "L N"]
+    error: Float[np.ndarray, " L"]
+    window_error: Float[np.ndarray, " L"]
+
+    def summary(self) -> str:
+        """The line that the log shows."""
+        ages = "" if np.isnan(self.age).all() else f"mean age {np.nanmedian(self.age):.0f} tokens, "
+        return (
+            f"start: {ages}memory's share {self.share.mean():.1%}; relative error of heads "
+            f"{self.error.mean():.4f} (window alone {self.window_error.mean():.4f})"
+        )
+
+
+def measures(switches: LizardConfig | None) -> bool:
+    """Whether these switches have start values to measure: a memory that is merged with the window by β."""
+    return (
+        switches is not None and switches.measured_start and switches.memory != "none" and switches.combine == "joint"
+    )
+
+
+def batches_needed(batch_size: int, length: int) -> int:
+    """Batches that hold ``TOKENS`` tokens."""
+    return max(1, -(-TOKENS // (batch_size * length)))
+
+
+def measure_start(model: Llama, batches: Sequence[Batch], place: Callable[[Any], Any] = lambda batch: batch) -> Start:
+    """Sets the gates' biases and β of every Lizard layer, in place, and says what was chosen.
+
+    Args:
+        model: the teacher's weights with new modules; ``measures(model.config.attention)`` must hold.
+        batches: text, of one shape.
+        place: puts a batch on the devices that the model lies on.
+    """
+    segments = [jnp.asarray(place(batch).segment_ids) for batch in batches]
+    hidden = [model.embed(jnp.asarray(place(batch).inputs)) for batch in batches]
+    probe = jax.jit(_probe)
+    rows = []
+    for index, block in enumerate(model.layers):
+        teacher, mixer = SoftmaxMixer(model.config, index), block.attention.mixer
+        if not isinstance(mixer, LizardMixer):
+            hidden = [
+                block.after_heads(x, teacher(*_inputs(block, x), segment_ids=s))
+                for x, s in zip(hidden, segments, strict=True)
+            ]
+            continue
+        assert mixer.beta is not None
+        biases = _biases(mixer)
+        offsets, total = None, None
+        for n, (x, segment_ids) in enumerate(zip(hidden, segments, strict=True)):
+            hidden[n], offsets, sums = probe(block, teacher, biases, offsets, x, segment_ids)
+            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        assert offsets is not None
+        assert total is not None
+        rows.append(_choose(mixer, biases, offsets, jax.tree.map(np.asarray, total)))
+    return Start(*(np.stack(column) for column in zip(*rows, strict=True)))
+
+
+def _inputs(block: Block, x: Array) -> tuple[Array, Array, Array, Array]:
+    normed = block.attention_norm(x)
+    return normed, *block.attention.qkv(normed)
+
+
+def _biases(mixer: LizardMixer) -> Float[Array, " ages"] | None:
+    """The candidate biases, ``ln`` of the ages in tokens; None for gates without one."""
+    if mixer.gate is None or mixer.gate.kind != "scalar" or mixer.gate.bias is None:
+        return None
+    return jnp.log(jnp.asarray(AGES, jnp.float32) * mixer.switches.window)
+
+
+def _probe(
+    block: Block,
+    teacher: SoftmaxMixer,
+    biases: Float[Array, " ages"] | None,
+    offsets: Float[Array, "ages N"] | None,
+    x: Float[Array, "B T D"],
+    segment_ids: Int[Array, "B T"],
+) -> tuple[Array, Array, dict[str, Array]]:
+    """One layer on one batch: the teacher's next hidden state, and sums of squared errors ``[ages, shares, N]``.
+
+    ``offsets`` is the mean log-odds of the window against the memory before β, of each age and query head; None
+    measures it here.
+    """
+    inputs = _inputs(block, x)
+    target = teacher(*inputs, segment_ids=segment_ids)
+    graph, state = nnx.split(block.attention.mixer)
+    wide = accumulation_dtype(target)
+    real = (segment_ids != 0)[..., None]
+
+    def squares(a: Array) -> Array:
+        return jnp.where(real, jnp.square(a.astype(wide)).sum(-1), 0.0).sum((0, 1))
+
+    def candidate(bias: Array | None, offset: Array | None) -> tuple[Array, Array, Array]:
+        mixer = nnx.merge(graph, state)
+        if bias is not None:
+            mixer.gate.bias = NewParam(jnp.full_like(mixer.gate.bias[...], bias))
+        branches = mixer.branches(*inputs, segment_ids=segment_ids)
+        if offset is None:
+            there = real & (branches.far_log > 0.1 * ABSENT)
+            odds = jnp.where(there, branches.near_log - branches.far_log, 0.0).sum((0, 1))
+            offset = odds / jnp.maximum(there.sum((0, 1)), 1).astype(odds.dtype)
+
+        def error(share: Array) -> Array:
+            merging = nnx.merge(graph, state)
+            merging.beta = NewParam((offset + _log_odds(share)).astype(merging.beta.dtype))
+            return squares(merging.combine(branches, inputs[1], segment_ids).astype(wide) - target.astype(wide))
+
+        errors = jax.lax.map(error, jnp.asarray(SHARES, wide))
+        return offset, errors, squares(branches.near.astype(wide) - target.astype(wide))
+
+    if biases is None:
+        found = candidate(None, None if offsets is None else offsets[0])
+        found = jax.tree.map(lambda a: a[None], found)
+    elif offsets is None:
+        found = jax.lax.map(lambda bias: candidate(bias, None), biases)
+    else:
+        found = jax.lax.map(lambda pair: candidate(*pair), (biases, offsets))
+    offset, errors, window = found
+    sums = {"errors": errors, "window": window[0], "power": squares(target)}
+    return block.after_heads(x, target), offset, sums
+
+
+def _log_odds(share: Array) -> Array:
+    return jnp.log(share) - jnp.log1p(-share)
+
+
+def _choose(
+    mixer: LizardMixer, biases: Array | None, offsets: Array, sums: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Writes the best candidates into the mixer; a row of ``Start``."""
+    assert mixer.beta is not None
+    errors = sums["errors"]  # [ages, shares, N]
+    ages, _, heads = errors.shape
+    group = heads // mixer.state_heads
+    age = errors.min(axis=1).reshape(ages, mixer.state_heads, group).sum(axis=-1).argmin(axis=0)  # [S]
+    by_head, head = np.repeat(age, group), np.arange(heads)
+    share = errors[by_head, :, head].argmin(axis=1)  # [N]
+    shares = np.asarray(SHARES)[share]
+    beta = np.asarray(offsets)[by_head, head] + np.log(shares) - np.log1p(-shares)
+    mixer.beta[...] = jnp.asarray(beta, mixer.beta.dtype)
+    chosen = np.full(mixer.state_heads, np.nan)
+    if biases is not None:
+        assert mixer.gate is not None
+        assert mixer.gate.bias is not None
+        bias = np.asarray(biases)[age]
+        mixer.gate.bias[...] = jnp.asarray(bias, mixer.gate.bias.dtype)
+        chosen = np.exp(bias)
+    power = max(float(sums["power"].sum()), float(np.finfo(np.float32).tiny))
+    return chosen, shares, float(errors[by_head, share, head].sum()) / power, float(sums["window"].sum()) / power
