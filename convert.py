@@ -1,7 +1,8 @@
-"""Convert checkpoints between HF directories and Flax directories.
+"""Convert checkpoints between HF directories and Flax directories, and teachers to students without training.
 
 python convert.py hf2flax SRC DST    SRC: HF directory or hub id
 python convert.py flax2hf SRC DST    SRC: Flax directory, or a run's stage directory such as runs/tiny/stage2
+python convert.py linearize SRC DST  SRC: HF directory or hub id of a teacher; DST: its student without any training
 """
 
 import argparse
@@ -19,7 +20,8 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="convert.py",
-        description="Convert checkpoints between HF directories and Flax directories, bit for bit.",
+        description="Convert checkpoints between HF directories and Flax directories, bit for bit, and teachers to "
+        "students that were not trained.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     to_flax = commands.add_parser(
@@ -41,7 +43,24 @@ def arguments() -> argparse.ArgumentParser:
         action="store_true",
         help="write LoRA as a PEFT adapter in DST/adapter, the base weights untouched (default: merge it into them)",
     )
-    for command in (to_flax, to_hf):
+    linear = commands.add_parser(
+        "linearize",
+        help="HF checkpoint to a student that was not trained",
+        description="Write a teacher as the student that stage 1 starts from: its own weights, a window with the real "
+        "first tokens, and a memory whose gates and share are measured on a little text. Takes a minute, no training.",
+    )
+    linear.add_argument("src", help="HF checkpoint directory or hub id (owner/name) of the teacher")
+    linear.add_argument("--preset", default="lizard", help="attention preset (default %(default)s)")
+    linear.add_argument("--window", type=int, default=128, help="tokens the window sees (default %(default)s)")
+    linear.add_argument(
+        "--data", default="embedded", metavar="PATH",
+        help="text to measure the start on: anything train.py takes (default: Python's own sources)",
+    )  # fmt: skip
+    linear.add_argument(
+        "--sequence-length", type=int, default=2048, metavar="T",
+        help="tokens read in one go, several windows (default %(default)s)",
+    )  # fmt: skip
+    for command in (to_flax, to_hf, linear):
         command.add_argument("dst", help="directory to write; it must not exist or be empty, and appears whole or not")
     return parser
 
@@ -84,6 +103,25 @@ def flax2hf(src: str, dst: str, *, adapter: bool) -> str:
     return _summary(model, dst)
 
 
+def linearize(src: str, dst: str, *, preset: str, window: int, data: str, length: int) -> str:
+    """Runs ``linearize`` and returns the lines that say what was measured and written."""
+    import dataclasses
+
+    from lizard_jax import config
+    from lizard_jax.convert.files import refuse_existing
+    from lizard_jax.convert.save import save_hf
+    from lizard_jax.train.linearize import linearize as student_of
+
+    refuse_existing(dst)
+    attention = dataclasses.replace(config.preset(preset), window=window)
+    text = config.DataConfig(path=data, sequence_length=length, batch_size=1, segment_mask=False)
+    with _Bar("reading") as progress:
+        model, start = student_of(src, attention, text, progress=progress)
+    with _Bar("writing") as progress:
+        save_hf(model, dst, source=src, progress=progress)
+    return "\n".join([*([start.summary()] if start else []), _summary(model, dst)])
+
+
 class _Bar:
     """A progress bar on stderr: tensors, bytes, bytes a second. It shows with the first tensor."""
 
@@ -124,6 +162,13 @@ def main() -> int:
     try:
         if told.command == "hf2flax":
             print(hf2flax(told.src, told.dst))
+        elif told.command == "linearize":
+            print(
+                linearize(
+                    told.src, told.dst, preset=told.preset, window=told.window, data=told.data,
+                    length=told.sequence_length,
+                )
+            )  # fmt: skip
         else:
             print(flax2hf(told.src, told.dst, adapter=told.adapter))
     except UserError as error:

@@ -97,6 +97,11 @@ class LizardConfig:
                 f"attention gate_bias=true belongs to gate=scalar, not gate={self.gate}; set gate_bias=false"
             )
 
+    @property
+    def adds_modules(self) -> bool:
+        """Whether stage 1 has anything to train: a window with real first tokens has no parameters of its own."""
+        return self.memory != "none" or self.meta in ("sink", "learned")
+
 
 PRESETS: dict[str, LizardConfig] = {
     "lizard_paper": LizardConfig(

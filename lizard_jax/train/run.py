@@ -30,6 +30,7 @@ from lizard_jax.lora import add_lora
 from lizard_jax.models import Llama
 from lizard_jax.models import build as build_model
 from lizard_jax.nn.params import NewParam
+from lizard_jax.nn.rope import segment_positions
 from lizard_jax.train import checkpoint, report, stages, start
 from lizard_jax.train.loop import Trainer
 from pallas_kernels import partition
@@ -42,6 +43,9 @@ CARRIED = (
     "teacher", "preset", "attention", "data.path", "data.format", "data.separator", "data.split", "data.text_column",
     "data.held_out", "data.segment_mask",
 )  # fmt: skip
+
+LEAST_BEYOND = 0.1
+"""Share of positions beyond the window in their document, below which a run warns."""
 
 _BLOCK, _BLOCKS = 1 << 20, 64
 
@@ -81,12 +85,16 @@ def fingerprint(directory: Path) -> str:
 def continued(config: RunConfig, given: frozenset[str]) -> RunConfig:
     """Stage 2's settings with stage 1's teacher, attention and text, except for what the command line gives.
 
+    An attention without modules of its own has no stage 1, and starts here.
+
     Raises:
         UserError: there is no stage 1, or the command line asks for another attention or teacher than its.
     """
     if config.stage != 2:
         return config
     first = stage_dir(config, 1)
+    if not config.attention.adds_modules and not first.exists():
+        return config
     if not checkpoint.has_checkpoint(first / "best"):
         raise UserError(f"{first} holds no stage 1 to continue from; run train.py --stage=1 with the same --out first")
     before = from_dict(RunConfig, checkpoint.read_json(first / "run.json")["config"])
@@ -132,6 +140,11 @@ def check(config: RunConfig) -> None:
             f"sequence length {data.sequence_length} is shorter than the window {config.attention.window}; "
             "give a longer --sequence-length or a smaller --window"
         )
+    if config.stage == 1 and not config.attention.adds_modules:
+        raise UserError(
+            f"stage 1 has nothing to train: memory={config.attention.memory} with meta={config.attention.meta} adds no "
+            "modules; go on with --stage=2 and the same settings"
+        )
     place = stage_dir(config).absolute()
     while not place.exists():
         place = place.parent
@@ -148,8 +161,9 @@ def start_model(config: RunConfig, source: Path, mesh: Mesh | None = None) -> Ll
         return build_model(_shape_of(config, source), dtype=config.dtype, rngs=nnx.Rngs(config.seed))
     model = load_hf(source, attention=config.attention, dtype=config.dtype, seed=config.seed, mesh=mesh)
     if config.stage == 2:
-        params, _ = checkpoint.restore_params(stage_dir(config, 1), nnx.state(model, NewParam))
-        nnx.update(model, params)
+        if config.attention.adds_modules:
+            params, _ = checkpoint.restore_params(stage_dir(config, 1), nnx.state(model, NewParam))
+            nnx.update(model, params)
         if not config.full:
             add_lora(model, config.lora, nnx.Rngs(config.seed))
     return widened(model, config)
@@ -213,7 +227,7 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
     place = stage_dir(config)
     source = teacher_dir(config.teacher)
     record = _record(config, source)
-    if config.stage == 2:
+    if config.stage == 2 and config.attention.adds_modules:
         first = checkpoint.read_json(stage_dir(config, 1) / "run.json")
         if first["teacher"]["fingerprint"] != record["teacher"]["fingerprint"]:
             raise UserError(
@@ -225,6 +239,8 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
     loader = Loader(config.data, tokenizer, vocab_size=record["model"]["vocab_size"])
     record["data"] = {"fingerprint": loader.fingerprint, "tokens": loader.num_tokens}
     _check_same(place, record)
+    if (note := short_text(config, loader)) and jax.process_index() == 0:
+        print(note, file=sys.stderr, flush=True)
     model = start_model(config, source, mesh)
     if config.stage == 1 and start.measures(config.attention) and not checkpoint.has_checkpoint(place):
         found = measured(config, model, loader, mesh)
@@ -246,6 +262,23 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
     result = report.write(config, trainer.history, place, extra)
     report.show(config, result, place)
     return result
+
+
+def short_text(config: RunConfig, loader: Loader) -> str | None:
+    """A note where the text hardly trains a memory: less than a tenth of its positions have one to read."""
+    attention = config.attention
+    if config.stage == 0 or attention.memory == "none":
+        return None
+    segments = jnp.asarray(loader.batch(0).segment_ids)
+    beyond = attention.window if attention.memory == "evicted" else 0
+    share = float(((segment_positions(segments) >= beyond) & (segments != 0)).mean())
+    if share >= LEAST_BEYOND:
+        return None
+    cure = "--no-segment-mask, which reads on across documents, " if config.data.segment_mask else ""
+    return (
+        f"warning: {share:.1%} of the positions lie more than a window of {attention.window} behind the start of their "
+        f"document, so there is little to train a memory on; use {cure}longer documents or a longer --sequence-length"
+    )
 
 
 def measured(config: RunConfig, model: Llama, loader: Loader, mesh: Mesh) -> start.Start:

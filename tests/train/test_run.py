@@ -238,3 +238,26 @@ def test_two_processes_make_the_same_run(first, line, tmp_path):
     alone, _ = load_run(first / "stage1")
     for name, leaf in _leaves(alone, NewParam).items():
         np.testing.assert_allclose(_leaves(model, NewParam)[name], leaf, atol=1e-5, err_msg=name)
+
+
+def test_a_window_alone_has_no_stage_1_and_starts_with_stage_2(line, tmp_path, capsys):
+    argv = [*line, "--memory=none", "--meta=prefix", "--out", str(tmp_path)]
+    _refused(capsys, ["--stage=1", *argv], "nothing to train")
+    assert not list(tmp_path.iterdir())
+    assert train.main(["--stage=2", *argv]) == 0
+    model, _ = load_run(tmp_path / "stage2")
+    assert not jax.tree.leaves(nnx.state(model, NewParam))
+    assert jax.tree.leaves(nnx.state(model, LoraParam))
+
+
+def test_stage_1_says_what_it_starts_from_and_warns_of_short_documents(line, tmp_path, capsys):
+    assert train.main(["--stage=1", *line, "--out", str(tmp_path / "a")]) == 0
+    told = capsys.readouterr().err
+    assert "memory's share" in told
+    assert "warning" not in told
+    # The documents have some 80 tokens: under a window as long as the sequence nothing is left to remember.
+    argv = ["--stage=1", *line, "--window", "32", "--no-measured-start", "--out", str(tmp_path / "b")]
+    assert train.main(argv) == 0
+    told = capsys.readouterr().err
+    assert "warning: 0.0% of the positions" in told
+    assert "memory's share" not in told

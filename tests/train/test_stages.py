@@ -50,7 +50,7 @@ def test_stage1_gradients_are_those_of_each_layer_on_the_teachers_path():
 
     def errors(new):
         student = nnx.merge(graph, new, rest)
-        x, out = student.embed(jnp.asarray(batch.inputs)), []
+        x, out, relative = student.embed(jnp.asarray(batch.inputs)), [], []
         for i, block in enumerate(student.layers):
             normed = block.attention_norm(x)
             q, k, v = block.attention.qkv(normed)
@@ -58,10 +58,13 @@ def test_stage1_gradients_are_those_of_each_layer_on_the_teachers_path():
             heads = block.attention.mixer(normed, q, k, v, segment_ids=jnp.asarray(batch.segment_ids))
             error = jnp.where(batch.segment_ids != 0, jnp.square(heads - target).mean((-2, -1)), 0.0)
             out.append(error.sum() / float((batch.segment_ids != 0).sum()))
+            power = jnp.where(batch.segment_ids != 0, jnp.square(target).mean((-2, -1)), 0.0)
+            relative.append(error.sum() / jax.lax.stop_gradient(power.sum()))
             x = jax.lax.stop_gradient(block.after_heads(x, target))
-        return (out[0] + out[2]) / 2.0, jnp.stack(out)
+        return (relative[0] + relative[2]) / 2.0, jnp.stack(out)
 
-    want, layer_mse = jax.jit(jax.grad(errors, has_aux=True))(new)
+    (loss, layer_mse), want = jax.jit(jax.value_and_grad(errors, has_aux=True))(new)
+    chex.assert_trees_all_close(metrics["loss"], loss, rtol=1e-9)
     chex.assert_trees_all_close(metrics["layer_mse"], layer_mse, rtol=1e-9, atol=1e-20)
     assert float(metrics["layer_mse"][1]) == 0.0
     for got_leaf, want_leaf in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
@@ -98,6 +101,47 @@ def test_cross_entropy_in_slices_is_the_whole(model, monkeypatch):
     chex.assert_trees_all_close((sliced, sliced_grad), (whole, grad), rtol=1e-5, atol=1e-6)
 
 
+def test_kl_is_that_of_the_whole_vocabulary_in_slices_too(model, monkeypatch):
+    batch = make_batch()
+    inputs, mask = jnp.asarray(batch.inputs), jnp.asarray(batch.loss_mask)
+    student, teacher = model.hidden(inputs), stages.teacher_of(model).hidden(inputs)
+
+    def total(hidden, taught):
+        return losses.prediction_losses(model, hidden, jnp.asarray(batch.targets), mask, taught)
+
+    nll, kl = jax.jit(total)(student, teacher)
+    p, t = (jax.nn.softmax(np.asarray(model.logits(x), np.float32)) for x in (student, teacher))
+    np.testing.assert_allclose(kl, ((t * (np.log(t) - np.log(p))).sum(-1) * batch.loss_mask).sum(), rtol=1e-3)
+    np.testing.assert_allclose(nll, losses.cross_entropy(model, student, jnp.asarray(batch.targets), mask), rtol=1e-6)
+    assert float(jax.jit(total)(teacher, teacher)[1]) == pytest.approx(0.0, abs=1e-5)
+    assert float(total(student, None)[1]) == 0.0
+
+    # No gradient reaches the teacher, and slices change nothing.
+    by_both = jax.jit(jax.grad(lambda h, t: total(h, t)[1], argnums=(0, 1)))
+    ours, theirs = by_both(student, teacher)
+    assert not np.asarray(theirs).any()
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 2 * 2 * 5 * 50)
+    sliced = jax.jit(jax.value_and_grad(lambda h: total(h, teacher)[1]))(student)
+    chex.assert_trees_all_close(sliced, (kl, ours), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kl", "full"), [(0.0, False), (0.25, False), (1.0, False), (0.25, True)])
+def test_stage2_mixes_its_losses_as_asked(model, kl, full):
+    config = RunConfig(stage=2, kl=kl, full=full)
+    subject = nnx.clone(model)
+    if not full:
+        add_lora(subject, LoraConfig(), nnx.Rngs(0))
+    batch = make_batch()
+    grads, metrics = jax.jit(lambda m, b: stages.loss_and_grads(config, m, b))(subject, batch)
+    sums = jax.jit(lambda m, b: stages.evaluate(config, m, b))(subject, batch)
+    tokens = float(sums["tokens"])
+    share = 0.0 if full else kl
+    want = (1 - share) * float(sums["student_nll"]) / tokens + share * float(sums.get("kl", 0.0)) / tokens
+    assert float(metrics["loss"]) == pytest.approx(want, rel=1e-5)
+    assert ("kl" in metrics) == (share > 0)
+    assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads))
+
+
 @pytest.mark.parametrize(
     ("settings", "kinds"),
     [
@@ -123,10 +167,13 @@ def test_a_stage_trains_what_it_says(model, settings, kinds):
 def test_finish_divides_sums_by_what_was_counted():
     sums = {
         "student_nll": jnp.float32(20.0), "teacher_nll": jnp.float32(10.0), "tokens": jnp.float32(10.0),
-        "layer_mse": jnp.asarray([4.0, 8.0]), "positions": jnp.float32(16.0),
+        "layer_mse": jnp.asarray([4.0, 8.0]), "layer_power": jnp.asarray([8.0, 0.0]), "positions": jnp.float32(16.0),
+        "kl": jnp.float32(1.5),
     }  # fmt: skip
     out = stages.finish(sums)
     assert out["loss"] == pytest.approx(2.0)
     assert out["perplexity"] == pytest.approx(np.exp(2.0), rel=1e-6)
     assert out["teacher_loss"] == pytest.approx(1.0)
     assert out["layer_mse"] == pytest.approx([0.25, 0.5])
+    assert out["layer_error"] == pytest.approx([0.5, 0.0])
+    assert out["kl"] == pytest.approx(0.15)

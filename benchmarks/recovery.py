@@ -1,0 +1,348 @@
+"""How much of what a real language model knew its student keeps, at equal bytes of state.
+
+    uv run --extra gguf benchmarks/smollm2.py runs/smollm2
+    uv run benchmarks/recovery.py --teacher runs/smollm2 --train books.txt alpaca.json --score wikitext.txt
+
+Rows are students of the teacher: ours, and windows with the same real first tokens, as wide and as wide as our state's
+bytes would buy. Each is scored before training, after stage 1 and after stage 2, all with one budget, one order of the
+same data and one pair of learning rates. Loss is by position (the number of tokens before a prediction), in articles or
+books of ``--score`` of which nothing was trained on: of each, its first tokens, as many as the longest extent takes.
+``±`` is the standard error of the mean difference from the teacher in the last bucket, paired by text.
+
+Stages and scores that lie under ``--out`` are not made again, so a run that was cut off goes on, and rows of
+``benchmarks/recovery.json`` that belong to the same settings stay. Writes that, ``.md`` and ``.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+import lizard_jax
+from lizard_jax.atomic import write_atomic
+from lizard_jax.cli import load_recipe
+from lizard_jax.config import DataConfig, LizardConfig, preset
+from lizard_jax.convert.files import read_json
+from lizard_jax.convert.hf_config import model_config
+from lizard_jax.convert.load import load_hf
+from lizard_jax.data.loader import Loader
+from lizard_jax.data.records import documents
+from lizard_jax.data.text import load_tokenizer
+from lizard_jax.errors import UserError
+from lizard_jax.eval.perplexity import by_slices, token_losses
+from lizard_jax.models import Llama, build
+from lizard_jax.train.start import batches_needed, measure_start, measures
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+BUCKETS = (128, 512, 1024, 2048, 4096, 8192)
+PIECE = 20_000
+"""Characters of a training document, beyond which it is cut, so that no book crowds out the rest of a short run."""
+HEADING = re.compile(r"\n \n = (?=[^=])")
+"""Where an article of WikiText begins."""
+WHENS = ("no training", "stage 1", "stage 2")
+
+
+# ------------------------------------------------------------------------------------------------- what is compared
+
+
+def students(window: int, teacher: Path) -> dict[str, LizardConfig]:
+    """By name, the attention of each row."""
+    ours = dataclasses.replace(preset("lizard"), window=window)
+    shape = model_config(read_json(teacher / "config.json"))
+    half = ours.feature_half or shape.head_dim
+    # A state head's F (H + 1) fp32 numbers, in tokens of one key head's k and v in bf16.
+    wider = window + 2 * half * (shape.head_dim + 1) * 4 // (2 * shape.head_dim * 2)
+    return {
+        "lizard": ours,
+        "window": dataclasses.replace(ours, memory="none"),
+        "window, equal bytes": dataclasses.replace(ours, memory="none", window=wider),
+    }
+
+
+def state_bytes(teacher: Path, attention: LizardConfig | None, length: int) -> int:
+    """Bytes of one sequence's decode state with bf16 keys and values, after ``length`` tokens."""
+    shape = model_config(read_json(teacher / "config.json"), attention=attention)
+    model = nnx.eval_shape(lambda: build(shape, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    state = jax.eval_shape(lambda: model.init_state(1, length))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def training_text(sources: list[Path], tokenizer: Any, out: Path) -> Path:
+    """One text of all sources in random order; instructions and answers in the tokenizer's chat form.
+
+    The last document of each plain text is left out: it is never trained on.
+    """
+    place = out / "train.txt"
+    if place.is_file():
+        return place
+    texts: list[str] = []
+    for source in sources:
+        if source.suffix == ".json":
+            for record in json.loads(source.read_text(encoding="utf-8")):
+                question = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
+                chat = [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+                texts.append(tokenizer.apply_chat_template(chat, tokenize=False))
+        else:
+            whole = [document.text for document in documents(DataConfig(path=str(source)), tokenizer)]
+            texts += whole[:-1]
+    pieces = [text[at : at + PIECE] for text in texts for at in range(0, len(text), PIECE)]
+    order = np.random.default_rng(0).permutation(len(pieces))
+    write_atomic(place, "<|endoftext|>".join(pieces[i] for i in order))
+    return place
+
+
+def flags(attention: LizardConfig) -> list[str]:
+    """The command-line flags that make the attention of train.py's default recipe this one."""
+    base, out = load_recipe("tiny", 1).attention, []
+    for field in dataclasses.fields(LizardConfig):
+        value = getattr(attention, field.name)
+        if value != getattr(base, field.name):
+            flag = field.name.replace("_", "-")
+            out.append(f"--{flag}={value}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}")
+    return out
+
+
+def train(told: argparse.Namespace, attention: LizardConfig, stage: int, where: Path, text: Path) -> None:
+    """Run one stage unless its result is there."""
+    if (where / f"stage{stage}" / "result.json").is_file():
+        return
+    length = told.length if stage == 1 else told.length2
+    tokens, rate = (told.tokens, told.learning_rate) if stage == 1 else (told.tokens2, told.learning_rate2)
+    command = [
+        sys.executable, str(ROOT / "train.py"), f"--stage={stage}", f"--out={where}", f"--teacher={told.teacher}",
+        f"--data={text}", f"--sequence-length={length}", f"--batch-size={told.batch}", f"--tokens={tokens}",
+        f"--learning-rate={rate}", "--no-segment-mask", f"--held-out-tokens={2 * length}", "--no-remat",
+        f"--validate-every={max(1, tokens // (told.batch * length) // 4)}",
+        *(flags(attention) if stage == 1 or not attention.adds_modules else []),
+        *([f"--kl={told.kl}"] if stage == 2 else []),
+    ]  # fmt: skip
+    print("$", shlex.join(command), flush=True)
+    if subprocess.run(command, check=False).returncode:
+        raise UserError(f"stage {stage} in {where} failed; its last line says why")
+
+
+def student(told: argparse.Namespace, attention: LizardConfig, when: str, where: Path, text: Path) -> Llama:
+    """A row's model at one of ``WHENS``."""
+    if when != WHENS[0]:
+        return lizard_jax.load(str(where / when.replace(" ", "")))
+    model = load_hf(told.teacher, attention=attention, dtype="float32")
+    if measures(attention):
+        # As stage 1 starts: from the first batches of the same order.
+        data = DataConfig(
+            path=str(text), sequence_length=told.length, batch_size=told.batch, segment_mask=False,
+            held_out_tokens=2 * told.length,
+        )  # fmt: skip
+        loader = Loader(data, load_tokenizer(told.teacher), vocab_size=model.config.vocab_size)
+        count = batches_needed(told.batch, told.length)
+        print(measure_start(model, [loader.batch(step) for step in range(count)]).summary(), flush=True)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------- scoring
+
+
+def score_texts(told: argparse.Namespace, extent: int) -> np.ndarray:
+    """The first ``extent + 1`` tokens of the first ``--texts`` articles or books that have as many, ``[texts, n]``."""
+    tokenizer, rows = load_tokenizer(told.teacher), []
+    for source in told.score:
+        raw = source.read_text(encoding="utf-8")
+        parts = raw.split("<|endoftext|>")[-1:] if "<|endoftext|>" in raw else HEADING.split(raw)
+        for part in parts:
+            ids = tokenizer(part.strip())["input_ids"]
+            # Of a book, stretches as long as asked for; of an article, its beginning.
+            stretches = len(ids) // (extent + 1) if len(parts) == 1 else min(1, len(ids) // (extent + 1))
+            rows += [ids[at * (extent + 1) : (at + 1) * (extent + 1)] for at in range(stretches)]
+    if not rows:
+        raise UserError(f"no text of --score has {extent + 1} tokens; give longer texts or fewer --extents")
+    return np.asarray(rows[: told.texts], np.int32)
+
+
+def losses(model: Llama, rows: np.ndarray) -> np.ndarray:
+    """Loss in nats of every token but the first of each row, ``[rows, n - 1]``."""
+
+    @jax.jit
+    def one(model: Llama, row: jax.Array) -> jax.Array:
+        hidden = model.hidden(row[:, :-1])
+        return by_slices(model, lambda h, t: token_losses(model.logits(h), t), hidden, row[:, 1:])[0]
+
+    return np.stack([np.asarray(one(model, jnp.asarray(row[None]))) for row in tqdm(rows, unit="text", leave=False)])
+
+
+def buckets(extent: int) -> list[tuple[int, int]]:
+    """First and last + 1 position of each bucket up to ``extent``."""
+    ends = [end for end in BUCKETS if end < extent] + [extent]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def scored(told: argparse.Namespace, model: Any, where: Path) -> dict[str, list[list[float]]]:
+    """By extent, each text's mean loss in each bucket; ``model`` is called for where nothing was kept."""
+    kept = where / "losses.json"
+    found: dict[str, list[list[float]]] = json.loads(kept.read_text()) if kept.is_file() else {}
+    missing = [extent for extent in told.extents if len(found.get(str(extent), [])) < told.texts]
+    ready = None
+    for extent in missing:
+        rows = score_texts(told, extent)
+        if len(found.get(str(extent), [])) == len(rows):
+            continue
+        ready = ready or model()
+        each = losses(ready, rows)
+        found[str(extent)] = [[float(row[a:b].mean()) for a, b in buckets(extent)] for row in each]
+        where.mkdir(parents=True, exist_ok=True)
+        write_atomic(kept, json.dumps(found) + "\n")
+    return {str(extent): found[str(extent)] for extent in told.extents}
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+
+def summary(mine: dict[str, list[list[float]]], teacher: dict[str, list[list[float]]]) -> dict[str, Any]:
+    """By extent: mean loss of each bucket, and the paired standard error against the teacher in the last."""
+    out = {}
+    for extent, rows in mine.items():
+        difference = np.asarray(rows)[:, -1] - np.asarray(teacher[extent])[:, -1]
+        error = float(difference.std(ddof=1) / len(difference) ** 0.5) if len(difference) > 1 else 0.0
+        out[extent] = {"losses": np.mean(rows, axis=0).tolist(), "error": error, "texts": len(rows)}
+    return out
+
+
+def write(told: argparse.Namespace, settings: dict[str, Any], rows: dict[str, Any]) -> None:
+    """The table as JSON and Markdown, and as a picture."""
+    stem = told.table
+    old = json.loads(stem.with_suffix(".json").read_text()) if stem.with_suffix(".json").is_file() else {}
+    if old.get("settings") == settings:
+        rows = {name: rows.get(name, row) for name, row in old["rows"].items()} | rows
+    write_atomic(stem.with_suffix(".json"), json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    lines = []
+    for extent in map(str, told.extents):
+        names = [f"{a}–{b - 1}" for a, b in buckets(int(extent))]
+        texts = rows["teacher"]["scores"][extent]["texts"]
+        lines += [f"First {int(extent):,} tokens of {texts} texts; loss in nats by position:", ""]
+        lines += ["| | MiB of state | " + " | ".join(names) + " |", "|---|---:|" + "---:|" * len(names)]
+        for name, row in rows.items():
+            if extent not in row["scores"]:
+                continue
+            cells = [f"{loss:.3f}" for loss in row["scores"][extent]["losses"]]
+            if name != "teacher":
+                cells[-1] += f" ± {row['scores'][extent]['error']:.3f}"
+            lines.append(f"| {name} | {row['bytes'] / 2**20:.2f} | " + " | ".join(cells) + " |")
+        lines.append("")
+    write_atomic(stem.with_suffix(".md"), "\n".join(lines[:-1]) + "\n")
+    print("\n".join(lines))
+
+    longest = str(max(told.extents))
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    ends = [end for _, end in buckets(int(longest))]
+    for name, row in rows.items():
+        if longest in row["scores"]:
+            style = "k--" if name == "teacher" else "o-" if name.startswith("lizard") else "s:"
+            axis.plot(ends, row["scores"][longest]["losses"], style, label=f"{name} ({row['bytes'] / 2**20:.1f} MiB)")
+    axis.set(xscale="log", xlabel="position, up to", ylabel="loss, nats a token")
+    axis.minorticks_off()
+    axis.set_xticks(ends, [f"{end:,}" for end in ends])
+    axis.legend(fontsize="small")
+    figure.savefig(stem.with_suffix(".png"), dpi=110)
+
+
+def main() -> int:
+    """Train what is missing, score it, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True, metavar="DIR", help="HF directory of the teacher")
+    parser.add_argument("--train", type=Path, nargs="+", required=True, metavar="PATH", help="texts and Alpaca JSON")
+    parser.add_argument("--score", type=Path, nargs="+", required=True, metavar="PATH", help="texts that are scored")
+    parser.add_argument("--window", type=int, default=128, help="W (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=300_000, help="of stage 1 (default %(default)s)")
+    parser.add_argument("--tokens2", type=int, default=100_000, help="of stage 2 (default %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="of stage 1 (default %(default)s)")
+    parser.add_argument("--learning-rate2", type=float, default=1e-3, help="of stage 2 (default %(default)s)")
+    parser.add_argument("--kl", type=float, default=0.9, help="the KL's share in stage 2 (default %(default)s)")
+    parser.add_argument(
+        "--length", type=int, default=2048, help="tokens of a sequence in stage 1 (default %(default)s)"
+    )
+    parser.add_argument("--length2", type=int, default=1024, help="the same in stage 2 (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences of a step (default %(default)s)")
+    parser.add_argument("--extents", type=int, nargs="+", default=[2048], help="tokens of a text that are scored")
+    parser.add_argument("--texts", type=int, default=8, help="most texts of each extent (default %(default)s)")
+    parser.add_argument("--rows", nargs="+", default=None, help="these rows alone")
+    parser.add_argument("--whens", nargs="+", choices=WHENS, default=WHENS, help="these moments alone")
+    parser.add_argument("--out", type=Path, default=Path("runs/recovery"), help="where the runs go")
+    parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "recovery", help="the table, less suffix")
+    told = parser.parse_args()
+    try:
+        return run(told)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(told: argparse.Namespace) -> int:
+    """The work of ``main``."""
+    for source in (*told.train, *told.score):
+        if not source.is_file():
+            raise UserError(f"no text at {source}")
+    told.out.mkdir(parents=True, exist_ok=True)
+    text = training_text(told.train, load_tokenizer(told.teacher), told.out)
+    variants = students(told.window, told.teacher)
+    unknown = set(told.rows or ()) - set(variants)
+    if unknown:
+        raise UserError(f"no row {', '.join(sorted(unknown))}; choose from {', '.join(variants)}")
+    longest = max(told.extents)
+    teacher = scored(told, lambda: load_hf(told.teacher, dtype="float32"), told.out / "teacher")
+    rows: dict[str, Any] = {
+        "teacher": {"bytes": state_bytes(told.teacher, None, longest), "scores": summary(teacher, teacher)}
+    }
+    keep = (
+        "window",
+        "tokens",
+        "tokens2",
+        "learning_rate",
+        "learning_rate2",
+        "kl",
+        "length",
+        "length2",
+        "batch",
+        "texts",
+    )
+    settings = {name: getattr(told, name) for name in keep} | {
+        "train": [path.name for path in told.train], "score": [path.name for path in told.score],
+    }  # fmt: skip
+    for name in told.rows or variants:
+        attention = variants[name]
+        where = told.out / name.replace(", ", "_").replace(" ", "_")
+        for number, when in enumerate(WHENS):
+            if when not in told.whens or (number == 1 and not attention.adds_modules):
+                continue
+            if number:
+                train(told, attention, number, where, text)
+            mine = scored(
+                told,
+                lambda a=attention, w=when, p=where: student(told, a, w, p, text),
+                where / "scores" / when.replace(" ", "_"),
+            )
+            row = {"bytes": state_bytes(told.teacher, attention, longest), "scores": summary(mine, teacher)}
+            rows[f"{name}, {when}"] = row
+            write(told, settings, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

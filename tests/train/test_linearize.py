@@ -1,0 +1,47 @@
+"""``convert.py linearize``: a student that was not trained."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import convert
+from lizard_jax.convert.load import load_hf
+from lizard_jax.data.text import load_tokenizer
+from lizard_jax.embedded import corpus, teacher_path
+from lizard_jax.errors import UserError
+from lizard_jax.nn.params import BaseParam
+
+
+def test_linearize_writes_a_student_that_was_not_trained(tmp_path):
+    """The embedded teacher: its weights untouched, a start measured on its own text, and a loss near its own."""
+    teacher = load_hf(teacher_path())
+    told = convert.linearize(
+        str(teacher_path()), str(tmp_path / "student"), preset="lizard", window=32, data="embedded", length=256
+    )
+    assert "memory's share" in told
+    student = load_hf(tmp_path / "student")
+    assert student.config.attention is not None
+    assert student.config.attention.window == 32
+    chex.assert_trees_all_equal(nnx.state(student, BaseParam), nnx.state(teacher, BaseParam))
+    text = next(iter(corpus.documents("held_out")))
+    ids = jnp.asarray(load_tokenizer(teacher_path())(text)["input_ids"][:257])[None]
+
+    def loss(model):
+        log_p = jax.nn.log_softmax(model(ids[:, :-1]))
+        return -float(jnp.take_along_axis(log_p, ids[:, 1:, None], -1)[:, 64:].mean())
+
+    window = dataclasses.replace(student.config.attention, memory="none")
+    alone = load_hf(teacher_path(), attention=window)
+    assert loss(teacher) < loss(student) < loss(alone)
+
+
+def test_linearize_refuses_texts_that_never_leave_the_window(tmp_path):
+    with pytest.raises(UserError, match="never leave the window of 32"):
+        convert.linearize(
+            str(teacher_path()), str(tmp_path / "out"), preset="lizard", window=32, data="embedded", length=32
+        )
+    assert not list(tmp_path.iterdir())
