@@ -39,13 +39,12 @@ from lizard_jax.config import DataConfig, LizardConfig, preset
 from lizard_jax.convert.files import read_json
 from lizard_jax.convert.hf_config import model_config
 from lizard_jax.convert.load import load_hf
-from lizard_jax.data.loader import Loader
 from lizard_jax.data.records import documents
 from lizard_jax.data.text import load_tokenizer
 from lizard_jax.errors import UserError
 from lizard_jax.eval.perplexity import by_slices, token_losses
 from lizard_jax.models import Llama, build
-from lizard_jax.train.start import batches_needed, measure_start, measures
+from lizard_jax.train.linearize import linearize
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -145,16 +144,11 @@ def student(told: argparse.Namespace, attention: LizardConfig, when: str, where:
     """A row's model at one of ``WHENS``."""
     if when != WHENS[0]:
         return lizard_jax.load(str(where / when.replace(" ", "")))
-    model = load_hf(told.teacher, attention=attention, dtype="float32")
-    if measures(attention):
-        # As stage 1 starts: from the first batches of the same order.
-        data = DataConfig(
-            path=str(text), sequence_length=told.length, batch_size=told.batch, segment_mask=False,
-            held_out_tokens=2 * told.length,
-        )  # fmt: skip
-        loader = Loader(data, load_tokenizer(told.teacher), vocab_size=model.config.vocab_size)
-        count = batches_needed(told.batch, told.length)
-        print(measure_start(model, [loader.batch(step) for step in range(count)]).summary(), flush=True)
+    # As stage 1 starts: from the first batches of the same order.
+    data = DataConfig(path=str(text), sequence_length=told.length, batch_size=told.batch, segment_mask=False)
+    model, start = linearize(told.teacher, attention, data, dtype="float32")
+    if start is not None:
+        print(start.summary(), flush=True)
     return model
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/variants.py --teacher ../shared/data/babyllama --data ../shared/data/tinystories.txt --window 32
     python benchmarks/variants.py --set choices …     # what our preset's own switches are worth
+    python benchmarks/variants.py --set starts …      # what its start, and the teacher's help in stage 2, are worth
 
 Every variant is trained by ``train.py`` with the same budget, data order and learning rates, then scored before
 training, after stage 1 and after stage 2. Scoring: held-out documents joined as the tokenizer begins them (BOS), no
@@ -33,6 +34,7 @@ from lizard_jax.convert.load import load_hf
 from lizard_jax.data.loader import Loader
 from lizard_jax.data.text import load_tokenizer
 from lizard_jax.models import Llama
+from lizard_jax.train.linearize import linearize
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -53,8 +55,20 @@ CHOICES: dict[str, list[str]] = {
     "no_gate": ["--preset=lizard", "--gate=none", "--no-gate-bias"],
     "frozen_new": ["--preset=lizard"],
 }
-STAGE2: dict[str, list[str]] = {"frozen_new": ["--no-train-new"]}
-SETS = {"variants": VARIANTS, "choices": CHOICES}
+FIXED = ["--no-measured-start", "--beta-start=-3"]
+STARTS: dict[str, list[str]] = {
+    "lizard": ["--preset=lizard"],
+    "sink": ["--preset=lizard", "--meta=sink"],
+    "random_maps": ["--preset=lizard", "--feature-start=random"],
+    "fixed_start": ["--preset=lizard", *FIXED],
+    "all_three": ["--preset=lizard", "--meta=sink", "--feature-start=random", *FIXED],
+    "no_kl": ["--preset=lizard"],
+    "kl_alone": ["--preset=lizard"],
+}
+STAGE2: dict[str, list[str]] = {"frozen_new": ["--no-train-new"], "no_kl": ["--kl=0"], "kl_alone": ["--kl=1"]}
+SETS = {"variants": VARIANTS, "choices": CHOICES, "starts": STARTS}
+NO_STAGE1 = {"window_only"}
+"""Variants without modules of their own, which start with stage 2."""
 SPANS = 208
 EXTENTS = (1, 2, 4)
 ROWS = 16
@@ -106,9 +120,9 @@ def train(arguments: argparse.Namespace, name: str, stage: int) -> Path:
         f"--learning-rate={arguments.learning_rate if stage == 1 else arguments.learning_rate2}",
         "--no-segment-mask", f"--held-out={HELD_OUT}", "--held-out-tokens=16384", "--no-remat",
     ]  # fmt: skip
-    if stage == 1:
+    if stage == 1 or name in NO_STAGE1:
         command += [*SETS[arguments.set][name], f"--window={arguments.window}", "--chunk=64"]
-    else:
+    if stage == 2:
         command += STAGE2.get(name, [])
     print("$", *command, flush=True)
     subprocess.run(command, check=True)
@@ -117,20 +131,16 @@ def train(arguments: argparse.Namespace, name: str, stage: int) -> Path:
 
 def measure(arguments: argparse.Namespace, name: str, tokens: np.ndarray) -> dict[str, Any]:
     """Span losses of one variant before, after stage 1 and after stage 2, kept beside its runs."""
-    first = train(arguments, name, 1)
-    second = train(arguments, name, 2)
-    kept = first.parent / "spans.json"
+    stages = {f"stage {stage}": train(arguments, name, stage) for stage in ((2,) if name in NO_STAGE1 else (1, 2))}
+    second = stages["stage 2"]
+    kept = second.parent / "spans.json"
     if kept.is_file():
         return json.loads(kept.read_text())
-    run = json.loads((first / "run.json").read_text())["config"]
-    attention = from_dict(LizardConfig, run["attention"])
-    result = {
-        "before": span_losses(
-            load_hf(arguments.teacher, attention=attention, seed=run["seed"]), tokens, arguments.length
-        ),
-        "stage 1": span_losses(lizard_jax.load(str(first)), tokens, arguments.length),
-        "stage 2": span_losses(lizard_jax.load(str(second)), tokens, arguments.length),
-    }
+    run = json.loads((second / "run.json").read_text())["config"]
+    attention, data = from_dict(LizardConfig, run["attention"]), from_dict(DataConfig, run["data"])
+    result = {"before": span_losses(linearize(arguments.teacher, attention, data)[0], tokens, arguments.length)}
+    for when, where in stages.items():
+        result[when] = span_losses(lizard_jax.load(str(where)), tokens, arguments.length)
     kept.write_text(json.dumps(result))
     return result
 
@@ -182,7 +192,7 @@ def main() -> None:
     parser.add_argument("--tokens2", type=int, default=500_000, help="token budget of stage 2")
     parser.add_argument("--learning-rate", type=float, default=1e-2, help="peak learning rate of stage 1")
     parser.add_argument("--learning-rate2", type=float, default=1e-3, help="peak learning rate of stage 2")
-    parser.add_argument("--set", choices=SETS, default="variants", help="published variants, or the choices in ours")
+    parser.add_argument("--set", choices=SETS, default="variants", help="published variants, our choices, our start")
     parser.add_argument("--only", nargs="+", default=None, help="these of the set")
     parser.add_argument("--out", default="runs/variants", help="where the runs go")
     arguments = parser.parse_args()

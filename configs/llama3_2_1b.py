@@ -1,4 +1,4 @@
-"""Llama-3.2-1B by the paper's recipe: 20 M tokens a stage, bf16 weights, fp32 new modules.
+"""Llama-3.2-1B by the recipe of docs/recipe.md: 20 M tokens a stage, bf16 weights, fp32 new modules.
 
     python train.py --stage=1 --config=llama3_2_1b
     python train.py --stage=2 --config=llama3_2_1b
@@ -9,11 +9,11 @@ What to expect, by arithmetic alone; no run of this recipe has been measured:
 - the teacher has 1.24 B weights, 2.5 GB in bf16, which ``--mesh-fsdp`` splits over the devices;
 - stage 1 trains 2.9 M new weights (0.23% of the teacher's), stage 2 those and 1.2 M of LoRA (r=8 on q, k, v);
 - 1,220 steps a stage of 8 sequences of 2,048 tokens;
-- generating needs 8.1 MiB a sequence at any length, as much as softmax attention's cache (32 KiB a token) at
-  258 tokens.
+- generating needs 8.2 MiB a sequence at any length, as much as softmax attention's cache (32 KiB a token) at
+  262 tokens.
 """
 
-from configs._paper import paper
+from configs._published import published
 from lizard_jax.config import RunConfig
 
-RECIPE: dict[int, RunConfig] = paper("llama3_2_1b", teacher="meta-llama/Llama-3.2-1B")
+RECIPE: dict[int, RunConfig] = published("llama3_2_1b", teacher="meta-llama/Llama-3.2-1B")

@@ -1,4 +1,4 @@
-"""Llama-3-8B by the paper's recipe: 20 M tokens a stage, bf16 weights, fp32 new modules.
+"""Llama-3-8B by the recipe of docs/recipe.md: 20 M tokens a stage, bf16 weights, fp32 new modules.
 
     python train.py --stage=1 --config=llama3_8b
     python train.py --stage=2 --config=llama3_8b
@@ -9,11 +9,11 @@ What to expect, by arithmetic alone; no run of this recipe has been measured:
 - the teacher has 8.03 B weights, 16.1 GB in bf16, which ``--mesh-fsdp`` splits over the devices;
 - stage 1 trains 22.0 M new weights (0.27% of the teacher's), stage 2 those and 4.7 M of LoRA (r=8 on q, k, v);
 - 1,220 steps a stage of 8 sequences of 2,048 tokens;
-- generating needs 48.3 MiB a sequence at any length, as much as softmax attention's cache (128 KiB a token) at
-  386 tokens.
+- generating needs 48.8 MiB a sequence at any length, as much as softmax attention's cache (128 KiB a token) at
+  390 tokens.
 """
 
-from configs._paper import paper
+from configs._published import published
 from lizard_jax.config import RunConfig
 
-RECIPE: dict[int, RunConfig] = paper("llama3_8b", teacher="meta-llama/Meta-Llama-3-8B")
+RECIPE: dict[int, RunConfig] = published("llama3_8b", teacher="meta-llama/Meta-Llama-3-8B")

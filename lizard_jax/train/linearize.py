@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from jax.typing import DTypeLike
+
 from lizard_jax.config import DataConfig, LizardConfig
 from lizard_jax.convert.files import locate
 from lizard_jax.convert.load import load_hf
@@ -14,19 +16,25 @@ from lizard_jax.train.start import Start, batches_needed, measure_start, measure
 
 
 def linearize(
-    source: str | Path, attention: LizardConfig, data: DataConfig, *, progress: Progress = silent
+    source: str | Path,
+    attention: LizardConfig,
+    data: DataConfig,
+    *,
+    dtype: DTypeLike | None = None,
+    progress: Progress = silent,
 ) -> tuple[Llama, Start | None]:
     """The teacher in ``source`` with Lizard attention, as stage 1 starts from it, and what its start was measured as.
 
     Args:
         data: the text that gates and β are measured on, read with the teacher's tokenizer. Attention that has nothing
             to measure reads none, and gets None.
+        dtype: of the base weights; None keeps each tensor's stored dtype.
 
     Raises:
         UserError: no such checkpoint or text, or a checkpoint that is linearized already.
     """
     directory = locate(source)
-    model = load_hf(directory, attention=attention, progress=progress)
+    model = load_hf(directory, attention=attention, dtype=dtype, progress=progress)
     if not measures(attention):
         return model, None
     if data.sequence_length <= attention.window:

@@ -86,5 +86,5 @@ def prefix(
         frequencies = frequencies.astype(accumulator(q.dtype))
         q = rotate(q, *tables(frequencies, jnp.minimum(positions, window + tokens - 1)))
         k = rotate(k, *tables(frequencies, jnp.arange(tokens)))
-    met = (jnp.arange(tokens) <= positions[..., None] - window) & (q_segments != 0)[..., None]
+    met = (jnp.arange(tokens, dtype=positions.dtype) <= positions[..., None] - window) & (q_segments != 0)[..., None]
     return _attend(q, k, v, met)

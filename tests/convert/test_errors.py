@@ -197,7 +197,7 @@ def test_what_a_config_asks_and_we_have_not_is_named(changes, words, broken):
 
 
 def test_new_modules_that_do_not_fit_are_named(llama, tmp_path):
-    model = load_hf(llama, attention=LizardConfig(window=8, chunk=4))
+    model = load_hf(llama, attention=LizardConfig(window=8, chunk=4, meta="sink"))
     save_hf(model, tmp_path / "out", source=llama)
     raw = read_json(tmp_path / "out" / "config.json")
     change_config(tmp_path / "out", lizard=raw["lizard"] | {"state_heads": "query", "meta": "none"})

@@ -1,0 +1,24 @@
+"""The training settings that the recipes of published models share; docs/recipe.md says why they are what they are."""
+
+import dataclasses
+
+from lizard_jax.config import DataConfig, OptimConfig, RunConfig, preset
+
+
+def published(recipe: str, teacher: str) -> dict[int, RunConfig]:
+    """Stages 1 and 2: 20 M tokens each, 1,220 steps of 8 x 2048, learning rate 1e-2 then 5e-4.
+
+    Budget and text are the paper's, cleaned Alpaca. Its records have some 130 tokens, so attention reads on across
+    them: kept to one record, a memory beyond a window of 128 would see next to nothing.
+    """
+    first = RunConfig(
+        recipe=recipe,
+        stage=1,
+        teacher=teacher,
+        dtype="bfloat16",
+        attention=preset("lizard"),
+        data=DataConfig(path="yahma/alpaca-cleaned", sequence_length=2048, batch_size=8, segment_mask=False),
+        optim=OptimConfig(learning_rate=1e-2, tokens=20_000_000),
+    )
+    second = dataclasses.replace(first, stage=2, optim=dataclasses.replace(first.optim, learning_rate=5e-4))
+    return {1: first, 2: second}

@@ -1,0 +1,73 @@
+"""``benchmarks/recovery.py`` on the embedded teacher: what it compares, what it keeps, what it refuses."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import recovery
+from lizard_jax.config import preset
+from lizard_jax.embedded import corpus, teacher_path
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """The command on two short texts; returns its exit code."""
+    documents = list(corpus.documents("held_out"))
+    (tmp_path / "train.txt").write_text("<|endoftext|>".join(documents[:4]))
+    (tmp_path / "score.txt").write_text("unread<|endoftext|>" + documents[5])
+
+    def run(*argv: str) -> int:
+        given = ["recovery.py", f"--teacher={teacher_path()}", "--train", str(tmp_path / "train.txt"), "--score",
+                 str(tmp_path / "score.txt"), "--window=32", "--extents", "256", "--texts=2", "--length=256",
+                 f"--out={tmp_path / 'out'}", f"--table={tmp_path / 'table'}", *argv]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", given)
+        return recovery.main()
+
+    return run
+
+
+def test_rows_before_training(call, tmp_path, capsys):
+    assert call("--whens", "no training") == 0
+    table = json.loads((tmp_path / "table.json").read_text())
+    rows = table["rows"]
+    assert list(rows) == [
+        "teacher", "lizard, no training", "window, no training", "window, equal bytes, no training",
+    ]  # fmt: skip
+    last = {name: row["scores"]["256"]["losses"][-1] for name, row in rows.items()}
+    assert last["teacher"] < last["lizard, no training"] <= last["window, no training"]
+    # Inside the window all are the teacher; bytes of the wide window are ours to within one token.
+    first = [row["scores"]["256"]["losses"][0] for name, row in rows.items()]
+    assert max(first) - min(first) < 0.1
+    ours, wide = (rows[f"{name}, no training"]["bytes"] for name in ("lizard", "window, equal bytes"))
+    assert abs(ours / wide - 1) < 0.02
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert "| lizard, no training |" in (tmp_path / "table.md").read_text()
+    # The last document of a plain text is never trained on.
+    assert list(corpus.documents("held_out"))[3][:200] not in (tmp_path / "out" / "train.txt").read_text()
+
+    # What lies there is not measured again, and rows of the same settings stay.
+    for kept in (tmp_path / "out").rglob("losses.json"):
+        numbers = json.loads(kept.read_text())
+        kept.write_text(json.dumps({"256": (np.asarray(numbers["256"]) + 1.0).tolist()}))
+    capsys.readouterr()
+    assert call("--whens", "no training", "--rows", "window") == 0
+    again = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert list(again) == list(rows)
+    shifted = again["window, no training"]["scores"]["256"]["losses"][-1]
+    assert shifted == pytest.approx(last["window, no training"] + 1.0)
+    assert again["lizard, no training"] == rows["lizard, no training"]
+
+
+def test_flags_say_what_differs_from_the_default_recipe():
+    attention = dataclasses.replace(preset("lizard"), window=32, chunk=32, measured_start=False, memory="none")
+    assert recovery.flags(attention) == ["--memory=none", "--no-measured-start"]
+
+
+def test_refusals(call, capsys):
+    assert call("--rows", "nope") == 2
+    assert "no row nope" in capsys.readouterr().err
+    assert call("--extents", "100000000") == 2
+    assert "has 100000001 tokens" in capsys.readouterr().err
