@@ -13,6 +13,8 @@ from lizard_jax.nn.rope import cos_sin, inverse_frequencies, rotate, segment_len
 from lizard_jax.typing import Array, Float, Int
 
 QUERY_BLOCK = 512
+FEWEST_QUERIES = 16
+"""Below this keys and values are read as they lie."""
 CAUSAL_PARTS = 8
 """A causal pass goes over this many parts of the queries, each with the keys up to its end: 9/16 of the work."""
 
@@ -34,14 +36,17 @@ def interval_attention(
     groups = k.shape[2]
     wide = accumulation_dtype(q)
     index = jnp.arange(k.shape[1], dtype=jnp.int32)
-    # Heads in front and a group's query heads below each other: plain matmuls, batched over leading axes alone.
-    k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
+    # Heads in front and a group's query heads below each other: plain matmuls, batched over leading axes alone. A step
+    # of generation reads a long cache once, and would pay for turning it.
+    keys = "bskh"
+    if length >= FEWEST_QUERIES:
+        keys, k, v = "bksh", jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
 
     def attend(queries: Array, lowest: Array, highest: Array) -> Array:
         count = queries.shape[1]
         grouped = jnp.moveaxis(queries.reshape(batch, count, groups, heads // groups, head_dim), 1, 3)
         grouped = grouped.reshape(batch, groups, -1, head_dim)
-        scores = jnp.einsum("bkth,bksh->bkts", grouped, k, preferred_element_type=wide) * head_dim**-0.5
+        scores = jnp.einsum(f"bkth,{keys}->bkts", grouped, k, preferred_element_type=wide) * head_dim**-0.5
         scores = scores.reshape(batch, groups, heads // groups, count, -1)
         seen = (lowest[..., None] <= index) & (index <= highest[..., None])
         scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
@@ -50,7 +55,7 @@ def interval_attention(
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1)[..., None]
         weights = weights.astype(v.dtype).reshape(batch, groups, -1, weights.shape[-1])
-        out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=wide)
+        out = jnp.einsum(f"bkts,{keys}->bkth", weights, v, preferred_element_type=wide)
         out = out.reshape(batch, groups, heads // groups, count, head_dim) / jnp.where(total == 0, 1.0, total)
         return jnp.moveaxis(out, 3, 1).reshape(batch, count, heads, head_dim).astype(q.dtype)
 
