@@ -48,7 +48,7 @@ def model_of(file: Path) -> Any:
 
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     settings = {key: value for key, value in read.config.to_dict().items() if key not in PROPERTIES}
-    model = LlamaForCausalLM(LlamaConfig(**(settings | {"rms_norm_eps": 1e-5})))
+    model: Any = LlamaForCausalLM(LlamaConfig.from_dict(settings | {"rms_norm_eps": 1e-5}))
     model.load_state_dict(read.state_dict())
     model.tie_weights()
     model.generation_config.eos_token_id = read.config.eos_token_id

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from lizard_jax.config import LizardConfig
 from lizard_jax.data.loader import Batch
@@ -98,7 +99,7 @@ def measure_start(model: Llama, batches: Sequence[Batch], place: Callable[[Any],
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         assert offsets is not None
         assert total is not None
-        rows.append(_choose(mixer, biases, offsets, jax.tree.map(np.asarray, total)))
+        rows.append(_choose(mixer, biases, *_on_host((offsets, total))))
     return Start(*(np.stack(column) for column in zip(*rows, strict=True)))
 
 
@@ -129,7 +130,7 @@ def _probe(
     """
     inputs = _inputs(block, x)
     target = teacher(*inputs, segment_ids=segment_ids)
-    graph, state = nnx.split(block.attention.mixer)
+    parts = nnx.split(block.attention.mixer)
     wide = accumulation_dtype(target)
     real = (segment_ids != 0)[..., None]
 
@@ -137,18 +138,15 @@ def _probe(
         return jnp.where(real, jnp.square(a.astype(wide)).sum(-1), 0.0).sum((0, 1))
 
     def candidate(bias: Array | None, offset: Array | None) -> tuple[Array, Array, Array]:
-        mixer = nnx.merge(graph, state)
-        if bias is not None:
-            mixer.gate.bias = NewParam(jnp.full_like(mixer.gate.bias[...], bias))
-        branches = mixer.branches(*inputs, segment_ids=segment_ids)
+        branches = _with(parts, bias=bias).branches(*inputs, segment_ids=segment_ids)
+        assert branches.far_log is not None
         if offset is None:
             there = real & (branches.far_log > 0.1 * ABSENT)
             odds = jnp.where(there, branches.near_log - branches.far_log, 0.0).sum((0, 1))
             offset = odds / jnp.maximum(there.sum((0, 1)), 1).astype(odds.dtype)
 
         def error(share: Array) -> Array:
-            merging = nnx.merge(graph, state)
-            merging.beta = NewParam((offset + _log_odds(share)).astype(merging.beta.dtype))
+            merging = _with(parts, beta=offset + _log_odds(share))
             return squares(merging.combine(branches, inputs[1], segment_ids).astype(wide) - target.astype(wide))
 
         errors = jax.lax.map(error, jnp.asarray(SHARES, wide))
@@ -166,12 +164,32 @@ def _probe(
     return block.after_heads(x, target), offset, sums
 
 
+def _with(parts: Any, *, bias: Array | None = None, beta: Array | None = None) -> LizardMixer:
+    """The mixer of ``parts`` with one bias for all gates, or with these β; made anew, for traces cannot change it."""
+    mixer: LizardMixer = nnx.merge(*parts)
+    if bias is not None:
+        assert mixer.gate is not None
+        assert mixer.gate.bias is not None
+        mixer.gate.bias = NewParam(jnp.full_like(mixer.gate.bias[...], bias))
+    if beta is not None:
+        assert mixer.beta is not None
+        mixer.beta = NewParam(beta.astype(mixer.beta.dtype))
+    return mixer
+
+
+def _on_host(tree: Any) -> Any:
+    """The whole of every array, in every process."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
 def _log_odds(share: Array) -> Array:
     return jnp.log(share) - jnp.log1p(-share)
 
 
 def _choose(
-    mixer: LizardMixer, biases: Array | None, offsets: Array, sums: dict[str, np.ndarray]
+    mixer: LizardMixer, biases: Array | None, offsets: np.ndarray, sums: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Writes the best candidates into the mixer; a row of ``Start``."""
     assert mixer.beta is not None
@@ -182,7 +200,7 @@ def _choose(
     by_head, head = np.repeat(age, group), np.arange(heads)
     share = errors[by_head, :, head].argmin(axis=1)  # [N]
     shares = np.asarray(SHARES)[share]
-    beta = np.asarray(offsets)[by_head, head] + np.log(shares) - np.log1p(-shares)
+    beta = offsets[by_head, head] + np.log(shares) - np.log1p(-shares)
     mixer.beta[...] = jnp.asarray(beta, mixer.beta.dtype)
     chosen = np.full(mixer.state_heads, np.nan)
     if biases is not None:
