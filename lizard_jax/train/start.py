@@ -95,7 +95,9 @@ def measure_start(model: Llama, batches: Sequence[Batch], place: Callable[[Any],
         biases = _biases(mixer)
         offsets, total = None, None
         for n, (x, segment_ids) in enumerate(zip(hidden, segments, strict=True)):
-            hidden[n], offsets, sums = probe(block, teacher, biases, offsets, x, segment_ids)
+            # One at a time: collectives of several programs in flight can starve each other on virtual devices.
+            found = jax.block_until_ready(probe(block, teacher, biases, offsets, x, segment_ids))
+            hidden[n], offsets, sums = found
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         assert offsets is not None
         assert total is not None

@@ -18,6 +18,7 @@ SMALL = {"window": 6, "chunk": 4, "meta_tokens": 3}
 ATTENTION = {
     **{name: dataclasses.replace(switches, **SMALL) for name, switches in PRESETS.items()},
     "learned": LizardConfig(meta="learned", gate="channel", gate_bias=False, **SMALL),
+    "sink": LizardConfig(meta="sink", **SMALL),
     "prefix": LizardConfig(meta="prefix", gate="low_rank", gate_bias=False, linear_rope=True, **SMALL),
     "window": LizardConfig(memory="none", **SMALL),
     "softmax": None,
@@ -58,7 +59,7 @@ def test_weights_times_values_are_the_heads(name):
     alpha = getattr(mixer, "alpha", None)
     expected = 1.0 if alpha is None else 1.0 + float(alpha[...])
     np.testing.assert_allclose(maps.total.sum(axis=-1) + maps.meta, expected, atol=1e-12)
-    if name in ("lizard", "learned"):
+    if name in ("sink", "learned"):
         assert maps.meta.min() > 0
         assert maps.gated[:, :6].max() == 0
         assert maps.gated[:, 6:].sum(-1).min() > 0
