@@ -52,6 +52,7 @@ def arguments() -> argparse.ArgumentParser:
     linear.add_argument("src", help="HF checkpoint directory or hub id (owner/name) of the teacher")
     linear.add_argument("--preset", default="lizard", help="attention preset (default %(default)s)")
     linear.add_argument("--window", type=int, default=128, help="tokens the window sees (default %(default)s)")
+    linear.add_argument("--memory", choices=("all", "evicted", "none"), help="none: a window alone (default: preset's)")
     linear.add_argument(
         "--data", default="embedded", metavar="PATH",
         help="text to measure the start on: anything train.py takes (default: Python's own sources)",
@@ -103,7 +104,9 @@ def flax2hf(src: str, dst: str, *, adapter: bool) -> str:
     return _summary(model, dst)
 
 
-def linearize(src: str, dst: str, *, preset: str, window: int, data: str, length: int) -> str:
+def linearize(
+    src: str, dst: str, *, preset: str, window: int, data: str, length: int, memory: str | None = None
+) -> str:
     """Runs ``linearize`` and returns the lines that say what was measured and written."""
     import dataclasses
 
@@ -114,6 +117,8 @@ def linearize(src: str, dst: str, *, preset: str, window: int, data: str, length
 
     refuse_existing(dst)
     attention = dataclasses.replace(config.preset(preset), window=window)
+    if memory is not None:
+        attention = dataclasses.replace(attention, memory=memory)
     text = config.DataConfig(path=data, sequence_length=length, batch_size=1, segment_mask=False)
     with _Bar("reading") as progress:
         model, start = student_of(src, attention, text, progress=progress)
@@ -166,7 +171,7 @@ def main() -> int:
             print(
                 linearize(
                     told.src, told.dst, preset=told.preset, window=told.window, data=told.data,
-                    length=told.sequence_length,
+                    length=told.sequence_length, memory=told.memory,
                 )
             )  # fmt: skip
         else:

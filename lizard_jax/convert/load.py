@@ -71,8 +71,9 @@ def load_hf(
     _fill(base, weights, dtype, mesh, progress)
 
     if saved is not None:
-        new = SafetensorsWeights([_existing(directory / NEW_MODULES)])
-        _fill_exactly(parameters(model, NewParam), new, directory / NEW_MODULES, mesh)
+        if modules := parameters(model, NewParam):  # a window with real first tokens has none
+            file = _existing(directory / NEW_MODULES)
+            _fill_exactly(modules, SafetensorsWeights([file]), file, mesh)
     elif attention is not None:
         _start(model, nnx.Rngs(seed), mesh)
     if adapter.is_dir():

@@ -45,3 +45,16 @@ def test_linearize_refuses_texts_that_never_leave_the_window(tmp_path):
             str(teacher_path()), str(tmp_path / "out"), preset="lizard", window=32, data="embedded", length=32
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_window_alone_is_written_and_read_without_new_modules(tmp_path):
+    told = convert.linearize(
+        str(teacher_path()), str(tmp_path / "student"), preset="lizard", window=48, data="embedded", length=256,
+        memory="none",
+    )  # fmt: skip
+    assert "share" not in told
+    assert not (tmp_path / "student" / "lizard.safetensors").exists()
+    student, teacher = load_hf(tmp_path / "student"), load_hf(teacher_path())
+    ids = jnp.arange(40, dtype=jnp.int32)[None]
+    chex.assert_trees_all_close(student(ids), teacher(ids), atol=1e-4)
+    assert student.config.attention.memory == "none"
