@@ -317,6 +317,8 @@ def _check_same(place: Path, record: dict[str, Any]) -> None:
     if not checkpoint.has_checkpoint(place):
         return
     old = checkpoint.read_json(place / "run.json")
+    if old["config"]["stage"] == 2:
+        old["config"].setdefault("kl", 0.0)  # a run from before there was one learned by next-token loss alone
     new_config = from_dict(RunConfig, record["config"])
     old_config = from_dict(RunConfig, old["config"])
     changed = checkpoint.changes(flatten(old_config), flatten(new_config), MAY_CHANGE)
