@@ -1,4 +1,4 @@
-"""Needles in filler prose, cut so that the whole document has an exact number of tokens.
+"""Needles in filler, our own prose or any text, cut so that the whole document has an exact number of tokens.
 
 The text decides: tokens are those of the finished text, counted as ``data.text.tokenize`` counts them, so a model meets
 the same tokens whether it is trained on the text or asked with it.
@@ -6,7 +6,8 @@ the same tokens whether it is trained on the text or asked with it.
 
 import bisect
 import functools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,9 +17,10 @@ from lizard_jax.data.records import alpaca_document
 from lizard_jax.data.text import Document, affixes
 from lizard_jax.errors import UserError
 
-Form = Literal["alpaca", "plain"]
-FORMS: tuple[Form, ...] = ("alpaca", "plain")
-"""How a question is put: as an Alpaca record, or as a text that breaks off where the answer stands."""
+Form = Literal["alpaca", "chat", "plain"]
+FORMS: tuple[Form, ...] = ("alpaca", "chat", "plain")
+"""How a question is put: as an Alpaca record, to an assistant through the tokenizer's chat template with the first words
+of its answer given, or as a text that breaks off where the answer stands."""
 
 ALPHABETS = ("0123456789", "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
@@ -62,7 +64,7 @@ class Question:
     Attributes:
         task: what the text is introduced with, in the Alpaca form.
         asked: the question, in the Alpaca form.
-        opening: the beginning of the sentence that the answer ends, in the plain form.
+        opening: the beginning of the sentence that the answer ends, in the plain form and in the chat's.
         answer: what is to be written.
     """
 
@@ -75,20 +77,50 @@ class Question:
         """The Alpaca record. The question stands behind the text, so that the reader cannot look for its answer."""
         return {"instruction": f"{self.task}\n\n{haystack}\n\n{self.asked}", "input": "", "output": self.answer}
 
-    def document(self, haystack: str, form: Form) -> Document:
-        """Text and question and answer, the answer marked."""
+    def document(self, haystack: str, form: Form, tokenizer: Any) -> Document:
+        """Text and question and answer, the answer marked; ``tokenizer`` is asked for the chat's template alone.
+
+        Raises:
+            UserError: a chat is asked for of a tokenizer without a template.
+        """
         if form == "alpaca":
             return alpaca_document(self.record(haystack), "a generated record")
-        prompt = f"{haystack}\n{self.opening}"
+        start = haystack + "\n"
+        if form == "chat":
+            if not tokenizer.chat_template:
+                raise UserError(
+                    f"the tokenizer {tokenizer.name_or_path or '?'} has no chat template; give another --form"
+                )
+            asked = [{"role": "user", "content": self.record(haystack)["instruction"]}]
+            start = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        prompt = start + self.opening
         text = f"{prompt} {self.answer}"
-        return Document(text, answers=((len(prompt), len(text)),))
+        return Document(text, answers=((len(prompt), len(text)),), open_end=form == "chat")
+
+
+def sentences(text: str) -> tuple[str, ...]:
+    """The sentences of a text that can be filler, in order: of 20 to 300 characters, without digits.
+
+    Raises:
+        UserError: it has fewer than ten.
+    """
+    parts = (" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+", text))
+    found = tuple(part for part in parts if 20 <= len(part) <= 300 and not re.search(r"\d", part))
+    if len(found) < 10:
+        raise UserError(f"the filler has {len(found)} sentences of 20 to 300 characters without digits; give a longer one")
+    return found
 
 
 class Measure:
-    """Counts tokens as training does."""
+    """Counts tokens as training does.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        filler: sentences that haystacks are made of, in this order from a random one on; by default our own, shuffled.
+    """
+
+    def __init__(self, tokenizer: Any, filler: Sequence[str] | None = None) -> None:
         self.tokenizer = tokenizer
+        self.filler = filler
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -112,7 +144,7 @@ class Measure:
     @functools.cached_property
     def characters(self) -> float:
         """Characters of filler in a token."""
-        text = " ".join(SENTENCES)
+        text = " ".join(self.filler or SENTENCES)[:20_000]
         return len(text) / len(self.ids(text))
 
     @functools.cached_property
@@ -151,10 +183,12 @@ class Measure:
 
 
 class Prose:
-    """Filler without end: the sentences in one random order after the other."""
+    """Filler without end: our sentences in one random order after the other, or ``filler`` from a random one on."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
+    def __init__(self, rng: np.random.Generator, filler: Sequence[str] | None = None) -> None:
         self._rng = rng
+        self._filler = filler
+        self._first = 0 if filler is None else int(rng.integers(len(filler)))
         self.text = ""
         self.starts: list[int] = []
 
@@ -162,11 +196,16 @@ class Prose:
         """Makes sure of ``size`` characters."""
         parts, at = [self.text], len(self.text)
         while at < size:
-            for index in self._rng.permutation(len(SENTENCES)):
-                parts.append(SENTENCES[index] + " ")
+            for sentence in self._round():
+                parts.append(sentence + " ")
                 self.starts.append(at)
                 at += len(parts[-1])
         self.text = "".join(parts)
+
+    def _round(self) -> Iterator[str]:
+        if self._filler is None:
+            return (SENTENCES[index] for index in self._rng.permutation(len(SENTENCES)))
+        return (self._filler[(self._first + index) % len(self._filler)] for index in range(len(self._filler)))
 
     def woven(self, size: int, needles: Sequence[Needle]) -> str:
         """``size`` characters of filler with the needles between its sentences, each where its depth is nearest."""
@@ -205,7 +244,7 @@ def fit(
         )
     # Tokens grow with characters almost always by 0 or 1; where a merge leaps over the length, other prose will not.
     for _ in range(16):
-        prose = Prose(rng)
+        prose = Prose(rng, measure.filler)
         size = _search(lambda size, prose=prose: measure.length(document(prose.woven(size, needles))), measure, length)
         if size is not None:
             return prose.woven(size, needles)

@@ -58,7 +58,7 @@ class PasskeySet:
         length: tokens of an example in all.
         keys: how many passkeys are hidden.
         key_tokens: the fewest and the most tokens of a passkey.
-        form: Alpaca record or plain text.
+        form: Alpaca record, chat or plain text.
         training: examples to train on, apart from those to test with.
         depths: an example to test with asks for a passkey in the ``index % depths``-th part of the filler, so that
             every part is asked for equally often. The others, and all in training, lie anywhere.
@@ -97,8 +97,11 @@ class PasskeySet:
             Needle(f"{name}'s passkey is {key}.", float(at)) for name, key, at in zip(names, keys, depths, strict=True)
         ]
         question = Question(TASK, f"What is {names[0]}'s passkey?", f"{names[0]}'s passkey is", keys[0])
-        haystack = fit(self.measure, needles, lambda text: question.document(text, self.form), self.length, rng)
-        document = question.document(haystack, self.form)
+        tokenizer = self.measure.tokenizer
+        haystack = fit(
+            self.measure, needles, lambda text: question.document(text, self.form, tokenizer), self.length, rng
+        )
+        document = question.document(haystack, self.form, tokenizer)
         order = sorted(range(self.keys), key=lambda i: depths[i])
         at = document.text.index(needles[0].text)
         assert document.answers is not None

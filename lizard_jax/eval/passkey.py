@@ -69,12 +69,13 @@ def run(told: argparse.Namespace) -> None:
         raise UserError(f"--key-tokens is {told.key_tokens!r}; give a number or two such as 5-8")
     key_tokens = int(match[1]), int(match[2] or match[1])
     if told.write and told.form != "alpaca":
-        raise UserError("--write makes Alpaca records; leave out --form plain")
+        raise UserError(f"--write makes Alpaca records; leave out --form {told.form}")
     place = results.prepare(told.out) if not told.write else None
     tokenizer = load_tokenizer(retrieval.tokenizer_source(told.checkpoint))
+    ruler = Measure(tokenizer, retrieval.filler(told))
     sets = [
         PasskeySet(
-            Measure(tokenizer), length, told.keys, key_tokens, told.form, told.seed, bool(told.write), told.depths
+            ruler, length, told.keys, key_tokens, told.form, told.seed, bool(told.write), told.depths
         )
         for length in told.lengths
     ]

@@ -30,15 +30,35 @@ def add_arguments(parser: argparse.ArgumentParser, *, lengths: Sequence[int], sa
 
         parser.add_argument(
             "--form", choices=FORMS, default=FORMS[0],
-            help="alpaca: question and answer as in Alpaca records; plain: a sentence to end, for models that were "
-            "never taught to answer (default %(default)s)",
+            help="alpaca: question and answer as in Alpaca records; chat: through the tokenizer's chat template, the "
+            "answer's first words given; plain: a sentence to end, for models that were never taught to answer "
+            "(default %(default)s)",
         )  # fmt: skip
+        parser.add_argument(
+            "--filler", metavar="FILE", help="a text whose sentences hide the facts (default: prose of our own)"
+        )
     parser.add_argument("--seed", type=int, default=0, help="of the examples (default %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="examples read side by side (default %(default)s)")
     parser.add_argument("--out", metavar="DIR", help="also write result.json and the picture there")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as stored)"
     )
+
+
+def filler(told: argparse.Namespace) -> Sequence[str] | None:
+    """The sentences of ``--filler``.
+
+    Raises:
+        UserError: it cannot be read, or has too few.
+    """
+    from lizard_jax.data.haystack import sentences
+
+    if told.filler is None:
+        return None
+    try:
+        return sentences(Path(told.filler).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the filler {told.filler}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def check(told: argparse.Namespace, *more: str) -> None:

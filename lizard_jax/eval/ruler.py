@@ -169,8 +169,9 @@ def example(
 
     rng = np.random.default_rng([seed, list(TASKS).index(task), length, needles, index])
     hidden, question, expected = TASKS[task](rng, measure, needles)
-    haystack = fit(measure, hidden, lambda text: question.document(text, form), length, rng)
-    return Example(question.document(haystack, form), expected)
+    tokenizer = measure.tokenizer
+    haystack = fit(measure, hidden, lambda text: question.document(text, form, tokenizer), length, rng)
+    return Example(question.document(haystack, form, tokenizer), expected)
 
 
 def score(continuation: str, expected: Sequence[str]) -> float:
@@ -210,7 +211,7 @@ def run(told: argparse.Namespace) -> None:
     told.tasks = list(dict.fromkeys(told.tasks))
     place = results.prepare(told.out)
     tokenizer = load_tokenizer(retrieval.tokenizer_source(told.checkpoint))
-    ruler = Measure(tokenizer)
+    ruler = Measure(tokenizer, retrieval.filler(told))
     for task in told.tasks:
         # A length that cannot be made is told before anything slow begins.
         example(task, ruler, length=told.lengths[0], seed=told.seed, index=0, needles=told.needles, form=told.form)

@@ -1,6 +1,7 @@
 """Passkeys, associative recall and RULER's tasks: the sets, their exact lengths, and scores that mean what they say."""
 
 import argparse
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -23,12 +24,16 @@ from lizard_jax.eval import passkey, recall, retrieval, ruler
 LENGTH = {"babyllama": 520, "embedded": 320}
 
 
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}bot: {% endif %}"
+
+
 @pytest.fixture(params=["babyllama", "embedded"])
 def measure(request) -> Measure:
     """Counts with a tokenizer of characters that begins with ▁, and with one of byte-level BPE."""
-    if request.param == "babyllama":
-        return Measure(load_tokenizer(request.getfixturevalue("shared_data") / "babyllama"))
-    return Measure(load_tokenizer(teacher_path()))
+    told = request.param == "babyllama"
+    tokenizer = load_tokenizer(request.getfixturevalue("shared_data") / "babyllama" if told else teacher_path())
+    tokenizer.chat_template = CHAT
+    return Measure(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +97,8 @@ def test_passkeys_take_exactly_the_length_and_their_tokens(measure, form):
     assert told.lengths.tolist() == [size + extra for extra in range(12)]
     assert told.scored is not None
     for one, start, count in zip(made, told.starts, told.lengths, strict=True):
-        answer = int(told.scored[start : start + count].sum()) - 1  # EOS, or the space of the plain form
+        # Less EOS, the space of the plain form, or both.
+        answer = int(told.scored[start : start + count].sum()) - (2 if form == "chat" else 1)
         assert 5 <= answer <= 8
         assert len(set(one.keys)) == 5
         assert one.answer in one.keys
@@ -111,6 +117,37 @@ def test_an_example_is_a_function_of_seed_and_index(embedded):
     assert [once[index] for index in range(6)] == backwards
     answers = {build(seed=seed, training=training)[0].document.text for seed in (0, 1) for training in (True, False)}
     assert len(answers) == 4
+
+
+def test_a_chat_is_asked_through_the_template(measure):
+    one = PasskeySet(measure, 700 if measure.characters < 1.5 else 320, form="chat")[0]
+    assert one.prompt.startswith("user: ")
+    asked, opening = one.prompt.rsplit("\nbot: ", 1)
+    name = opening.removesuffix("'s passkey is")
+    assert asked.endswith(f"What is {name}'s passkey?")
+    assert one.document.text == f"{one.prompt} {one.answer}"
+    measure.tokenizer.chat_template = None
+    with pytest.raises(UserError, match="has no chat template; give another --form"):
+        PasskeySet(measure, 700, form="chat")[0]
+
+
+def test_a_text_of_ones_own_hides_the_needles(embedded, tmp_path):
+    told = [f"This is the {word} of many sentences,\nnone of which means much." for word in "abcdefghijkl"]
+    file = tmp_path / "book.txt"
+    file.write_text(" ".join(["Short.", *told[:6], "In 1984 a number spoilt this one for us.", *told[6:]]))
+    kept = retrieval.filler(argparse.Namespace(filler=str(file)))
+    assert kept == tuple(" ".join(one.split()) for one in told)
+    texts = {PasskeySet(Measure(embedded.tokenizer, kept), 700, form="plain")[index].prompt for index in range(6)}
+    for text in texts:
+        order = [kept.index(whole) for part in text.split(".") if (whole := part.strip() + ".") in kept]
+        assert len(order) > 20
+        assert all((b - a) % 12 == 1 for a, b in itertools.pairwise(order))
+    assert len({text[:20] for text in texts}) > 1
+    file.write_text("Too short. To hide anything.")
+    with pytest.raises(UserError, match="the filler has 1 sentences|the filler has 0 sentences"):
+        retrieval.filler(argparse.Namespace(filler=str(file)))
+    with pytest.raises(UserError, match="cannot read the filler .*: No such file"):
+        retrieval.filler(argparse.Namespace(filler=str(tmp_path / "none.txt")))
 
 
 def test_depths_are_asked_for_in_turn(embedded):
@@ -159,7 +196,7 @@ def test_training_records_are_read_back_with_their_answers(embedded, tmp_path):
     file = tmp_path / "passkeys.jsonl"
     told = argparse.Namespace(
         checkpoint=str(teacher_path()), lengths=[320, 400], samples=5, form="alpaca", seed=2, batch=1, depths=10,
-        keys=3, key_tokens="6", write=str(file), out=None,
+        keys=3, key_tokens="6", write=str(file), out=None, filler=None,
     )  # fmt: skip
     passkey.run(told)
     sets = [PasskeySet(embedded, length, 3, (6, 6), seed=2, training=True) for length in (320, 400)]
