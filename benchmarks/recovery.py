@@ -2,12 +2,17 @@
 
     uv run --extra gguf benchmarks/smollm2.py runs/smollm2
     uv run benchmarks/recovery.py --teacher runs/smollm2 --train books.txt alpaca.json --score wikitext.txt
+    uv run --extra eval benchmarks/recovery.py … --hellaswag hellaswag.txt.bz2 --book books.txt --lengths 1024 2048 4096
 
 Rows are students of the teacher: ours, and windows with the same real first tokens, as wide and as wide as our state's
 bytes would buy. Each is scored before training, after stage 1 and after stage 2, all with one budget, one order of the
 same data and one pair of learning rates. Loss is by position (the number of tokens before a prediction), in articles or
 books of ``--score`` of which nothing was trained on: of each, its first tokens, as many as the longest extent takes.
 ``±`` is the standard error of the mean difference from the teacher in the last bucket, paired by text.
+
+Asked for by their flags: ``--hellaswag`` scores questions; ``--book`` hides in the last text of that file, which no
+stage trains on, one passkey and then five of which one is asked for, through the tokenizer's chat template where it has
+one, and asks to recall pairs of random tokens, all at ``--lengths``; ``--ask`` writes down what each answers.
 
 Stages and scores that lie under ``--out`` are not made again, so a run that was cut off goes on, and rows of
 ``benchmarks/recovery.json`` that belong to the same settings stay. Writes that, ``.md`` and ``.png``.
@@ -22,6 +27,8 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import cache as once
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +46,14 @@ from lizard_jax.config import DataConfig, LizardConfig, preset
 from lizard_jax.convert.files import read_json
 from lizard_jax.convert.hf_config import model_config
 from lizard_jax.convert.load import load_hf
+from lizard_jax.data.haystack import Measure, sentences
+from lizard_jax.data.passkey import PasskeySet
 from lizard_jax.data.records import documents
-from lizard_jax.data.text import load_tokenizer
+from lizard_jax.data.text import affixes, load_tokenizer
 from lizard_jax.errors import UserError
+from lizard_jax.eval import passkey, recall, retrieval
 from lizard_jax.eval.perplexity import by_slices, token_losses
+from lizard_jax.generate.prompts import end_tokens
 from lizard_jax.models import Llama, build
 from lizard_jax.train.linearize import linearize
 
@@ -182,24 +193,119 @@ def losses(model: Llama, rows: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(one(model, jnp.asarray(row[None]))) for row in tqdm(rows, unit="text", leave=False)])
 
 
+ASKED = (
+    "Explain in two sentences why the sky is blue.",
+    "Write a short poem about a lighthouse.",
+    "Give me three tips for learning to cook.",
+    "My name is Olga and I have two dogs, Rex and Fido. Greet me and ask about my dogs by name.",
+)
+QUERIES = 4
+"""Pairs of random tokens in a text of the recall."""
+
+
+def hellaswag(told: argparse.Namespace, model: Llama, tokenizer: Any) -> dict[str, float]:
+    """Accuracy by the likelihood of an ending, and by the same per character, in percent."""
+    from benchmarks.local_tasks import CHOICES, questions
+    from benchmarks.local_tasks import write as write_tasks
+    from lizard_jax.eval import harness
+    from lizard_jax.eval._lm import LizardLM
+
+    place = told.out / "tasks"
+    place.mkdir(exist_ok=True)
+    write_tasks(place, "hellaswag", questions(told.hellaswag), {"hellaswag_local": CHOICES})
+    chosen = harness.load_tasks(["hellaswag_local"], task_path=str(place))
+    found = harness.evaluate(LizardLM(model, tokenizer, batch_size=16), chosen, limit=told.questions)
+    scores = found["results"]["hellaswag_local"]
+    return {name: 100 * scores[f"{name},none"] for name in ("acc", "acc_norm")}
+
+
+def book(told: argparse.Namespace) -> str:
+    """The last document of ``--book``."""
+    return told.book.read_text(encoding="utf-8").split("<|endoftext|>")[-1]
+
+
+def passkeys(told: argparse.Namespace, model: Llama, tokenizer: Any, keys: int) -> dict[str, float]:
+    """By length, the percentage of passkeys told right, one depth after the other."""
+    ruler = Measure(tokenizer, sentences(book(told)))
+    form = "chat" if tokenizer.chat_template else "plain"
+    sets = [PasskeySet(ruler, length, keys, (5, 5), form, depths=told.samples) for length in told.lengths]
+    result = passkey.measure(model, sets, samples=1, batch=1, eos=end_tokens(str(told.teacher), tokenizer))
+    by_length: dict[int, list[float]] = {}
+    for cell in result["cells"]:
+        by_length.setdefault(cell["length"], []).append(100 * cell["accuracy"])
+    return {str(length): float(np.mean(values)) for length, values in by_length.items()}
+
+
+def recalled(told: argparse.Namespace, model: Llama, tokenizer: Any) -> dict[str, float]:
+    """By length, the percentage of values that are the likeliest of those in the text."""
+    result = recall.measure(
+        model, affixes(tokenizer)[0], recall.ordinary(tokenizer), lengths=told.lengths, pairs=[QUERIES],
+        samples=told.samples, batch=1,
+    )  # fmt: skip
+    return {str(cell["length"]): 100 * cell["among_values"] for cell in result["cells"]}
+
+
+def answers(told: argparse.Namespace, model: Llama, tokenizer: Any) -> dict[str, str]:
+    """By question, the greedy answer."""
+    out = {}
+    for question in ASKED:
+        chat = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        out[question] = retrieval.continuations(
+            model, tokenizer, [ids], [120], eos=end_tokens(str(told.teacher), tokenizer), batch=1
+        )[0]
+    return out
+
+
+def tasks(told: argparse.Namespace) -> dict[str, Callable[[Llama, Any], dict[str, Any]]]:
+    """By name, what was asked for beside the loss, as ``task(model, tokenizer)``."""
+    out: dict[str, Callable[[Llama, Any], dict[str, Any]]] = {}
+    if told.hellaswag:
+        out["hellaswag"] = lambda model, tokenizer: hellaswag(told, model, tokenizer)
+    if told.book:
+        out["needle"] = lambda model, tokenizer: passkeys(told, model, tokenizer, 1)
+        out["passkey"] = lambda model, tokenizer: passkeys(told, model, tokenizer, 5)
+        out["recall"] = lambda model, tokenizer: recalled(told, model, tokenizer)
+    if told.ask:
+        out["answers"] = lambda model, tokenizer: answers(told, model, tokenizer)
+    return out
+
+
+def done(told: argparse.Namespace, ready: Callable[[], Llama], where: Path) -> dict[str, dict[str, Any]]:
+    """What each task found, kept beside the losses with what it was asked with."""
+    found = {}
+    for name, task in tasks(told).items():
+        kept = where / f"{name}.json"
+        asked = {
+            "hellaswag": {"questions": told.questions},
+            "answers": {"asked": list(ASKED)},
+        }.get(name, {"lengths": told.lengths, "samples": told.samples})  # fmt: skip
+        old = json.loads(kept.read_text()) if kept.is_file() else {}
+        if old.get("asked") != asked:
+            old = {"asked": asked, "found": task(ready(), load_tokenizer(told.teacher))}
+            where.mkdir(parents=True, exist_ok=True)
+            write_atomic(kept, json.dumps(old) + "\n")
+        found[name] = old["found"]
+    return found
+
+
 def buckets(extent: int) -> list[tuple[int, int]]:
     """First and last + 1 position of each bucket up to ``extent``."""
     ends = [end for end in BUCKETS if end < extent] + [extent]
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def scored(told: argparse.Namespace, model: Any, where: Path) -> dict[str, list[list[float]]]:
-    """By extent, each text's mean loss in each bucket; ``model`` is called for where nothing was kept."""
+def scored(told: argparse.Namespace, ready: Callable[[], Llama], where: Path) -> dict[str, list[list[float]]]:
+    """By extent, each text's mean loss in each bucket."""
     kept = where / "losses.json"
     found: dict[str, list[list[float]]] = json.loads(kept.read_text()) if kept.is_file() else {}
     missing = [extent for extent in told.extents if len(found.get(str(extent), [])) < told.texts]
-    ready = None
     for extent in missing:
         rows = score_texts(told, extent)
         if len(found.get(str(extent), [])) == len(rows):
             continue
-        ready = ready or model()
-        each = losses(ready, rows)
+        each = losses(ready(), rows)
         found[str(extent)] = [[float(row[a:b].mean()) for a, b in buckets(extent)] for row in each]
         where.mkdir(parents=True, exist_ok=True)
         write_atomic(kept, json.dumps(found) + "\n")
@@ -219,6 +325,24 @@ def summary(mine: dict[str, list[list[float]]], teacher: dict[str, list[list[flo
     return out
 
 
+def task_table(rows: dict[str, Any]) -> Iterator[str]:
+    """Lines of Markdown: each row's percentages, by task and length; nothing where no task was asked for."""
+    columns = [
+        (task, part)
+        for task, found in rows["teacher"].get("tasks", {}).items() if task != "answers" for part in found
+    ]  # fmt: skip
+    if not columns:
+        return
+    heads = [f"{task} {part if task == 'hellaswag' else f'{int(part):,}'}" for task, part in columns]
+    yield from ("Percent right:", "", "| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads))
+    for name, row in rows.items():
+        found = row.get("tasks", {})
+        cells = [f"{found[task][part]:.1f}" if part in found.get(task, {}) else "" for task, part in columns]
+        if any(cells):
+            yield f"| {name} | " + " | ".join(cells) + " |"
+    yield ""
+
+
 def write(told: argparse.Namespace, settings: dict[str, Any], rows: dict[str, Any]) -> None:
     """The table as JSON and Markdown, and as a picture."""
     stem = told.table
@@ -226,7 +350,7 @@ def write(told: argparse.Namespace, settings: dict[str, Any], rows: dict[str, An
     if old.get("settings") == settings:
         rows = {name: rows.get(name, row) for name, row in old["rows"].items()} | rows
     write_atomic(stem.with_suffix(".json"), json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
-    lines = []
+    lines = list(task_table(rows))
     for extent in map(str, told.extents):
         names = [f"{a}–{b - 1}" for a, b in buckets(int(extent))]
         texts = rows["teacher"]["scores"][extent]["texts"]
@@ -242,6 +366,11 @@ def write(told: argparse.Namespace, settings: dict[str, Any], rows: dict[str, An
         lines.append("")
     write_atomic(stem.with_suffix(".md"), "\n".join(lines[:-1]) + "\n")
     print("\n".join(lines))
+
+    said = [f"# {name}\n\n" + "\n\n".join(f"**{q}**\n\n{a}" for q, a in row["tasks"]["answers"].items())
+            for name, row in rows.items() if "answers" in row.get("tasks", {})]  # fmt: skip
+    if said:
+        write_atomic(stem.with_name(f"{stem.name}_answers.md"), "\n\n".join(said) + "\n")
 
     longest = str(max(told.extents))
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -276,6 +405,12 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1, help="sequences of a step (default %(default)s)")
     parser.add_argument("--extents", type=int, nargs="+", default=[2048], help="tokens of a text that are scored")
     parser.add_argument("--texts", type=int, default=8, help="most texts of each extent (default %(default)s)")
+    parser.add_argument("--hellaswag", type=Path, metavar="FILE", help="questions, six lines each (see local_tasks.py)")
+    parser.add_argument("--questions", type=int, default=400, help="most of them (default %(default)s)")
+    parser.add_argument("--book", type=Path, metavar="PATH", help="hide passkeys in the last document of this text")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="of texts that hide some")
+    parser.add_argument("--samples", type=int, default=8, help="texts of each length (default %(default)s)")
+    parser.add_argument("--ask", action="store_true", help="write down some answers of each row")
     parser.add_argument("--rows", nargs="+", default=None, help="these rows alone")
     parser.add_argument("--whens", nargs="+", choices=WHENS, default=WHENS, help="these moments alone")
     parser.add_argument("--out", type=Path, default=Path("runs/recovery"), help="where the runs go")
@@ -290,20 +425,28 @@ def main() -> int:
 
 def run(told: argparse.Namespace) -> int:
     """The work of ``main``."""
-    for source in (*told.train, *told.score):
-        if not source.is_file():
+    for source in (*told.train, *told.score, told.hellaswag, told.book):
+        if source is not None and not source.is_file():
             raise UserError(f"no text at {source}")
+    tokenizer = load_tokenizer(told.teacher)
+    if told.ask and not tokenizer.chat_template:
+        raise UserError(f"the tokenizer in {told.teacher} has no chat template to ask through; leave out --ask")
     told.out.mkdir(parents=True, exist_ok=True)
-    text = training_text(told.train, load_tokenizer(told.teacher), told.out)
+    text = training_text(told.train, tokenizer, told.out)
     variants = students(told.window, told.teacher)
     unknown = set(told.rows or ()) - set(variants)
     if unknown:
         raise UserError(f"no row {', '.join(sorted(unknown))}; choose from {', '.join(variants)}")
     longest = max(told.extents)
-    teacher = scored(told, lambda: load_hf(told.teacher, dtype="float32"), told.out / "teacher")
+    original = once(lambda: load_hf(told.teacher, dtype="float32"))
+    teacher = scored(told, original, told.out / "teacher")
     rows: dict[str, Any] = {
-        "teacher": {"bytes": state_bytes(told.teacher, None, longest), "scores": summary(teacher, teacher)}
-    }
+        "teacher": {
+            "bytes": state_bytes(told.teacher, None, longest), "scores": summary(teacher, teacher),
+            "tasks": done(told, original, told.out / "teacher"),
+        }
+    }  # fmt: skip
+    original.cache_clear()
     keep = (
         "window",
         "tokens",
@@ -327,13 +470,12 @@ def run(told: argparse.Namespace) -> int:
                 continue
             if number:
                 train(told, attention, number, where, text)
-            mine = scored(
-                told,
-                lambda a=attention, w=when, p=where: student(told, a, w, p, text),
-                where / "scores" / when.replace(" ", "_"),
-            )
-            row = {"bytes": state_bytes(told.teacher, attention, longest), "scores": summary(mine, teacher)}
-            rows[f"{name}, {when}"] = row
+            kept = where / "scores" / when.replace(" ", "_")
+            ready = once(lambda a=attention, w=when, p=where: student(told, a, w, p, text))
+            rows[f"{name}, {when}"] = {
+                "bytes": state_bytes(told.teacher, attention, longest),
+                "scores": summary(scored(told, ready, kept), teacher), "tasks": done(told, ready, kept),
+            }  # fmt: skip
             write(told, settings, rows)
     return 0
 

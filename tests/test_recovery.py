@@ -61,6 +61,34 @@ def test_rows_before_training(call, tmp_path, capsys):
     assert again["lizard, no training"] == rows["lizard, no training"]
 
 
+def test_tasks_beside_the_loss(call, tmp_path, capsys):
+    lines = ["def f(x):", "2", "    sing", "    sit", "    return x", "    sleep"]
+    (tmp_path / "questions.txt").write_text("\n".join(3 * lines))
+    prose = [f"The {word} of many sentences, none of which means much." for word in "abcdefghijkl"]
+    (tmp_path / "book.txt").write_text("trained on<|endoftext|>" + " ".join(prose))
+    given = ["--whens", "no training", "--rows", "window", f"--hellaswag={tmp_path / 'questions.txt'}",
+             f"--book={tmp_path / 'book.txt'}", "--lengths", "400", "--samples=2"]  # fmt: skip
+    assert call(*given) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    for row in rows.values():
+        found = row["tasks"]
+        assert found["hellaswag"]["acc"] in (0.0, 100.0)  # three times the same question
+        assert all(0 <= found[task]["400"] <= 100 for task in ("needle", "passkey", "recall"))
+    table = (tmp_path / "table.md").read_text()
+    assert "| | hellaswag acc | hellaswag acc_norm | needle 400 | passkey 400 | recall 400 |" in table
+    # Kept with what it was asked with: the same is not asked again, something else is.
+    kept = tmp_path / "out" / "window" / "scores" / "no_training" / "needle.json"
+    told = json.loads(kept.read_text())
+    assert told["asked"] == {"lengths": [400], "samples": 2}
+    kept.write_text(json.dumps(told | {"found": {"400": 12.5}}))
+    assert call(*given) == 0
+    assert json.loads((tmp_path / "table.json").read_text())["rows"]["window, no training"]["tasks"]["needle"] == {
+        "400": 12.5
+    }
+    assert call("--ask") == 2
+    assert "has no chat template to ask through" in capsys.readouterr().err
+
+
 def test_flags_say_what_differs_from_the_default_recipe():
     attention = dataclasses.replace(preset("lizard"), window=32, chunk=32, measured_start=False, memory="none")
     assert recovery.flags(attention) == ["--memory=none", "--no-measured-start"]

@@ -107,7 +107,9 @@ def sentences(text: str) -> tuple[str, ...]:
     parts = (" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+", text))
     found = tuple(part for part in parts if 20 <= len(part) <= 300 and not re.search(r"\d", part))
     if len(found) < 10:
-        raise UserError(f"the filler has {len(found)} sentences of 20 to 300 characters without digits; give a longer one")
+        raise UserError(
+            f"the filler has {len(found)} sentences of 20 to 300 characters without digits; give a longer one"
+        )
     return found
 
 

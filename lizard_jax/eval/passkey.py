@@ -74,9 +74,7 @@ def run(told: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(retrieval.tokenizer_source(told.checkpoint))
     ruler = Measure(tokenizer, retrieval.filler(told))
     sets = [
-        PasskeySet(
-            ruler, length, told.keys, key_tokens, told.form, told.seed, bool(told.write), told.depths
-        )
+        PasskeySet(ruler, length, told.keys, key_tokens, told.form, told.seed, bool(told.write), told.depths)
         for length in told.lengths
     ]
     for examples in sets:

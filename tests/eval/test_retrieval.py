@@ -24,7 +24,9 @@ from lizard_jax.eval import passkey, recall, retrieval, ruler
 LENGTH = {"babyllama": 520, "embedded": 320}
 
 
-CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}bot: {% endif %}"
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}bot: {% endif %}"
+)
 
 
 @pytest.fixture(params=["babyllama", "embedded"])
@@ -144,9 +146,9 @@ def test_a_text_of_ones_own_hides_the_needles(embedded, tmp_path):
         assert all((b - a) % 12 == 1 for a, b in itertools.pairwise(order))
     assert len({text[:20] for text in texts}) > 1
     file.write_text("Too short. To hide anything.")
-    with pytest.raises(UserError, match="the filler has 1 sentences|the filler has 0 sentences"):
+    with pytest.raises(UserError, match="the filler has 0 sentences"):
         retrieval.filler(argparse.Namespace(filler=str(file)))
-    with pytest.raises(UserError, match="cannot read the filler .*: No such file"):
+    with pytest.raises(UserError, match=r"cannot read the filler .*: No such file"):
         retrieval.filler(argparse.Namespace(filler=str(tmp_path / "none.txt")))
 
 
