@@ -19,8 +19,8 @@ from lizard_jax.errors import UserError
 
 Form = Literal["alpaca", "chat", "plain"]
 FORMS: tuple[Form, ...] = ("alpaca", "chat", "plain")
-"""How a question is put: as an Alpaca record, to an assistant through the tokenizer's chat template with the first words
-of its answer given, or as a text that breaks off where the answer stands."""
+"""How a question is put: as an Alpaca record, through the tokenizer's chat template with the first words of the answer
+given, or as a text that breaks off where the answer stands."""
 
 ALPHABETS = ("0123456789", "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
