@@ -1,7 +1,7 @@
 """The harness on our model beside the harness's own Hugging Face backend, request for request.
 
     uv run benchmarks/local_tasks.py --hellaswag hellaswag.txt.bz2 --text wikitext.txt --out runs/tasks
-    uv run --extra test benchmarks/harness_parity.py DIR --task-path runs/tasks \\
+    uv run --group test benchmarks/harness_parity.py DIR --task-path runs/tasks \\
         --tasks hellaswag_local,hellaswag_local_2shot,text_local --limit 500
 
 DIR is a teacher that transformers can run. Both read the same requests of the same tasks in fp32. For each

@@ -13,7 +13,8 @@ What to expect, by arithmetic alone; no run of this recipe has been measured:
   390 tokens.
 """
 
-from configs._published import published
 from lizard_jax.config import RunConfig
+
+from ._published import published
 
 RECIPE: dict[int, RunConfig] = published("llama3_8b", teacher="meta-llama/Meta-Llama-3-8B")

@@ -7,15 +7,17 @@ command line's on top.
 import argparse
 import dataclasses
 import importlib
+import importlib.util
 import pkgutil
 import sys
 import types
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-import configs
 from lizard_jax.config import LizardConfig, RunConfig, preset, to_dict
 from lizard_jax.errors import UserError
+from lizard_jax.program import program
 
 # Flags are named as their field. These two groups take their own name in front, and these fields another name.
 _PREFIXED = ("lora", "mesh")
@@ -64,9 +66,15 @@ def flags() -> Iterator[Flag]:
                 yield Flag(field.name, leaf, inner[leaf.name])
 
 
+def _configs() -> ModuleType:
+    """``configs/`` of the repository, or its copy inside an installed package."""
+    inside = importlib.util.find_spec("lizard_jax.configs") is not None
+    return importlib.import_module("lizard_jax.configs" if inside else "configs")
+
+
 def recipes() -> list[str]:
     """Names of the recipes in ``configs/``."""
-    names = (module.name for module in pkgutil.iter_modules(configs.__path__))
+    names = (module.name for module in pkgutil.iter_modules(_configs().__path__))
     return sorted(name for name in names if not name.startswith("_"))
 
 
@@ -78,7 +86,7 @@ def load_recipe(name: str, stage: int) -> RunConfig:
     """
     if name not in recipes():
         raise UserError(f"unknown recipe {name!r}; choose from {', '.join(recipes())}")
-    stages: dict[int, RunConfig] = importlib.import_module(f"configs.{name}").RECIPE
+    stages: dict[int, RunConfig] = importlib.import_module(f"{_configs().__name__}.{name}").RECIPE
     if stage not in stages:
         raise UserError(f"recipe {name!r} has no stage {stage}; it has {', '.join(map(str, sorted(stages)))}")
     return stages[stage]
@@ -171,16 +179,15 @@ class _Parser(argparse.ArgumentParser):
     """argparse with flags in full only and one ``error:`` line for what it cannot read."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(prog=program("train.py"), allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see train.py --help", file=sys.stderr)
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
 
 def _parser(recipe: RunConfig) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="train.py",
         description="Turn a Llama- or Mistral-style checkpoint into its linear twin. "
         "Stage 1 distils each layer's attention, stage 2 adapts the whole model with LoRA, "
         "stage 0 pretrains a small teacher. A run directory that holds a checkpoint is resumed.",

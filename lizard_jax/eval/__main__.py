@@ -16,6 +16,7 @@ from typing import Any
 
 import lizard_jax.eval
 from lizard_jax.errors import UserError
+from lizard_jax.program import program
 
 
 def evaluations() -> dict[str, Any]:
@@ -28,7 +29,9 @@ def evaluations() -> dict[str, Any]:
 def arguments(modules: dict[str, Any]) -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m lizard_jax.eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("python -m lizard_jax.eval"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="evaluation", required=True, metavar="NAME")
     for name, module in modules.items():

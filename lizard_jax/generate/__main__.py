@@ -18,6 +18,7 @@ from dataclasses import fields
 from typing import Any
 
 from lizard_jax.errors import UserError
+from lizard_jax.program import program
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -25,7 +26,9 @@ def arguments() -> argparse.ArgumentParser:
     from lizard_jax.generate.sampling import Sampling
 
     parser = argparse.ArgumentParser(
-        prog="python -m lizard_jax.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("python -m lizard_jax.generate"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="HF directory or hub id, Flax directory, or stage directory")
     what = parser.add_mutually_exclusive_group()

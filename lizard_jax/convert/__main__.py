@@ -1,0 +1,195 @@
+"""Convert checkpoints between HF directories and Flax directories, and teachers to students without training.
+
+python convert.py hf2flax SRC DST    SRC: HF directory or hub id
+python convert.py flax2hf SRC DST    SRC: Flax directory, or a run's stage directory such as runs/tiny/stage2
+python convert.py linearize SRC DST  SRC: HF directory or hub id of a teacher; DST: its student without any training
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lizard_jax.errors import UserError
+from lizard_jax.program import program
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=program("convert.py"),
+        description="Convert checkpoints between HF directories and Flax directories, bit for bit, and teachers to "
+        "students that were not trained.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    to_flax = commands.add_parser(
+        "hf2flax",
+        help="HF checkpoint to Flax directory",
+        description="Write the model of an HF checkpoint as a Flax directory: parameters by Orbax, with config, "
+        "generation config, tokenizer and licence files. What this project linearized comes in with its new modules.",
+    )
+    to_flax.add_argument("src", help="HF checkpoint directory or hub id (owner/name); safetensors or PyTorch .bin")
+    to_hf = commands.add_parser(
+        "flax2hf",
+        help="Flax directory or trained stage to HF checkpoint",
+        description="Write a model as an HF checkpoint: base weights in safetensors, new attention modules in "
+        "lizard.safetensors, their settings in config.json.",
+    )
+    to_hf.add_argument("src", help="Flax directory of hf2flax, or a run's stage directory such as runs/tiny/stage2")
+    to_hf.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write LoRA as a PEFT adapter in DST/adapter, the base weights untouched (default: merge it into them)",
+    )
+    linear = commands.add_parser(
+        "linearize",
+        help="HF checkpoint to a student that was not trained",
+        description="Write a teacher as the student that stage 1 starts from: its own weights, a window with the real "
+        "first tokens, and a memory whose gates and share are measured on 8,192 tokens of text. No training.",
+    )
+    linear.add_argument("src", help="HF checkpoint directory or hub id (owner/name) of the teacher")
+    linear.add_argument("--preset", default="lizard", help="attention preset (default %(default)s)")
+    linear.add_argument("--window", type=int, default=128, help="tokens the window sees (default %(default)s)")
+    linear.add_argument("--memory", choices=("all", "evicted", "none"), help="none: a window alone (default: preset's)")
+    linear.add_argument(
+        "--data", default="embedded", metavar="PATH",
+        help="text to measure the start on: anything train.py takes (default: Python's own sources)",
+    )  # fmt: skip
+    linear.add_argument(
+        "--sequence-length", type=int, default=2048, metavar="T",
+        help="tokens read in one go, several windows (default %(default)s)",
+    )  # fmt: skip
+    for command in (to_flax, to_hf, linear):
+        command.add_argument("dst", help="directory to write; it must not exist or be empty, and appears whole or not")
+    return parser
+
+
+def hf2flax(src: str, dst: str) -> str:
+    """Runs ``hf2flax`` and returns the line that says what was written."""
+    from lizard_jax.convert.files import refuse_existing
+    from lizard_jax.convert.flax_dir import save_flax
+    from lizard_jax.convert.load import load_hf
+
+    refuse_existing(dst)
+    with _Bar("reading") as progress:
+        model = load_hf(src, progress=progress)
+    print("writing parameters …", file=sys.stderr)
+    save_flax(model, dst, source=src)
+    return _summary(model, dst)
+
+
+def flax2hf(src: str, dst: str, *, adapter: bool) -> str:
+    """Runs ``flax2hf`` and returns the line that says what was written."""
+    from lizard_jax.convert.files import refuse_existing
+    from lizard_jax.convert.flax_dir import load_flax, read_manifest
+    from lizard_jax.convert.save import save_hf
+
+    refuse_existing(dst)
+    directory = Path(src).expanduser()
+    source: str | Path = directory
+    trained = (directory / "run.json").is_file()
+    if not trained:
+        read_manifest(directory)  # so that a wrong path gets its one line and no other
+    print("reading parameters …", file=sys.stderr)
+    if trained:
+        from lizard_jax.train.run import load_run
+
+        model, source = load_run(directory)
+    else:
+        model = load_flax(directory)
+    with _Bar("writing") as progress:
+        save_hf(model, dst, source=source, adapter=adapter, progress=progress)
+    return _summary(model, dst)
+
+
+def linearize(
+    src: str, dst: str, *, preset: str, window: int, data: str, length: int, memory: str | None = None
+) -> str:
+    """Runs ``linearize`` and returns the lines that say what was measured and written."""
+    import dataclasses
+
+    from lizard_jax import config
+    from lizard_jax.convert.files import refuse_existing
+    from lizard_jax.convert.save import save_hf
+    from lizard_jax.train.linearize import linearize as student_of
+
+    refuse_existing(dst)
+    attention = dataclasses.replace(config.preset(preset), window=window)
+    if memory is not None:
+        attention = dataclasses.replace(attention, memory=memory)
+    text = config.DataConfig(path=data, sequence_length=length, batch_size=1, segment_mask=False)
+    with _Bar("reading") as progress:
+        model, start = student_of(src, attention, text, progress=progress)
+    with _Bar("writing") as progress:
+        save_hf(model, dst, source=src, progress=progress)
+    return "\n".join([*([start.summary()] if start else []), _summary(model, dst)])
+
+
+class _Bar:
+    """A progress bar on stderr: tensors, bytes, bytes a second. It shows with the first tensor."""
+
+    def __init__(self, doing: str):
+        self._doing = doing
+        self._bar: tqdm | None = None
+        self._tensors = 0
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self._step
+
+    def _step(self, size: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm(desc=self._doing, total=total, unit="B", unit_scale=True, file=sys.stderr)
+        self._tensors += 1
+        self._bar.set_postfix_str(f"{self._tensors} tensors", refresh=False)
+        self._bar.update(size)
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _summary(model: object, dst: str) -> str:
+    from lizard_jax.convert.params import parameters
+    from lizard_jax.models.llama import Llama
+
+    assert isinstance(model, Llama)
+    arrays = [variable[...] for variable in parameters(model).values()]
+    size = sum(file.stat().st_size for file in Path(dst).expanduser().rglob("*") if file.is_file())
+    count = sum(array.size for array in arrays)
+    return f"{len(arrays)} tensors, {count:,} parameters, {size / 1e9:.3f} GB written to {dst}"
+
+
+def main() -> int:
+    """Runs the command line; returns the exit code."""
+    # Conversion computes nothing: the accelerator's memory is left to others.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    told = arguments().parse_args()
+    try:
+        if told.command == "hf2flax":
+            print(hf2flax(told.src, told.dst))
+        elif told.command == "linearize":
+            print(
+                linearize(
+                    told.src, told.dst, preset=told.preset, window=told.window, data=told.data,
+                    length=told.sequence_length, memory=told.memory,
+                )
+            )  # fmt: skip
+        else:
+            print(flax2hf(told.src, told.dst, adapter=told.adapter))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or told.dst}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
