@@ -8,7 +8,7 @@ made inside (``triton, mapped``), in bf16 at B=16, N=32, H=128 for every T, K an
 ``chunk_simple_gla`` and ``chunk_gla`` (left out where it is not installed), which know no groups: they get keys and
 values repeated to N heads, untimed. Ours also divides by the sum of weights. One process, the same arrays, the same
 clock: calls queued one behind the other and waited for together. ``roofline`` is what the chip's peaks allow, see
-``pallas_kernels/cost.py``. What is aimed at on an H200: at most half of ``chunk_simple_gla``'s time and 1.5 times the
+``benchmarks/chips/cost.py``. What is aimed at on an H200: at most half of ``chunk_simple_gla``'s time and 1.5 times the
 roofline. (The paper, A100, forward, T=2048: GLA 4.29 ms, its own kernel 3.25 ms.) ``benchmarks/tune.py`` finds the
 tiles for a GPU first.
 
@@ -46,9 +46,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.chips import cost
 from benchmarks.timing import FEWEST_SECONDS, PASSES, Call, inputs, jax_passes, mapped_inputs, seconds_of
 from lizard_jax.atomic import write_atomic
-from pallas_kernels import cost
 from pallas_kernels.log_gate_attention import log_gate_attention, mapped_log_gate_attention
 from pallas_kernels.log_gate_attention.problem import Problem
 

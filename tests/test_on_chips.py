@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
+from benchmarks.chips.compilers import compile_for, tpu_slice
 from lizard_jax import sharding
 from lizard_jax.config import LizardConfig, ModelConfig, RunConfig
 from lizard_jax.data.loader import Batch
@@ -22,7 +23,6 @@ from lizard_jax.train import stages
 from lizard_jax.train.optim import Optimizer
 from lizard_jax.train.step import TrainState, train_step
 from pallas_kernels import target
-from pallas_kernels.compiling import compile_for, tpu_slice
 from pallas_kernels.target import Target
 
 TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")

@@ -11,9 +11,10 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels import compiling, target
-from pallas_kernels.compiling import TPUS, CannotCompile, Kernel, compile_for
-from pallas_kernels.gates import Gate, gates
+from benchmarks.chips import compilers
+from benchmarks.chips.compilers import TPUS, CannotCompile, Kernel, compile_for
+from benchmarks.chips.gates import Gate, gates
+from pallas_kernels import target
 from pallas_kernels.target import Target
 
 TOOLS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "triton", "jax_triton")}
@@ -104,7 +105,7 @@ def test_spills_of_a_gpu_kernel_are_seen():
 
 @needs("tpu")
 def test_a_function_is_traced_for_its_chip_in_a_process_that_stays_as_it_was(monkeypatch):
-    compiling.tpu_slice.cache_clear()
+    compilers.tpu_slice.cache_clear()
     seen, before, devices = [], dict(os.environ), jax.devices()
 
     def function(x):
@@ -130,8 +131,8 @@ def test_bytes_moved_are_counted_around_the_kernels():
 
 @needs("gpu")
 def test_a_triton_kernel_that_wants_more_shared_memory_than_a_block_has_fails(monkeypatch):
-    small = dataclasses.replace(compiling._GPUS["sm_80"], shared=1000)
-    monkeypatch.setitem(compiling._GPUS, "sm_80", small)
+    small = dataclasses.replace(compilers._GPUS["sm_80"], shared=1000)
+    monkeypatch.setitem(compilers._GPUS, "sm_80", small)
     with pytest.raises(
         CannotCompile, match=r"^\w+ needs \d+ bytes of shared memory; a block of sm_80 has at most 1000$"
     ):
@@ -148,8 +149,8 @@ def test_a_triton_kernel_that_wants_more_shared_memory_than_a_block_has_fails(mo
 )
 def test_a_compiler_that_is_not_there_is_named_in_one_line(monkeypatch, chip, message):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    compiling.tpu_slice.cache_clear()
-    compiling._gpu_device.cache_clear()
+    compilers.tpu_slice.cache_clear()
+    compilers._gpu_device.cache_clear()
     with pytest.raises(CannotCompile) as raised:
         compile_for(chip, jnp.sin, jax.ShapeDtypeStruct((8,), jnp.float32))
     assert str(raised.value) == message

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import cost
+from benchmarks.chips import cost
 from pallas_kernels.log_gate_attention import log_gate_attention, mapped_log_gate_attention
 from pallas_kernels.log_gate_attention.problem import Problem
 from pallas_kernels.sliding_window import sliding_window
@@ -129,7 +129,7 @@ def test_issue_shape_is_bound_by_the_memory_of_an_h200():
 
 def test_the_table_names_every_chip():
     told = subprocess.run(
-        [sys.executable, "-m", "pallas_kernels.cost", "--features", "64", "--kv-heads", "8"],
+        [sys.executable, "-m", "benchmarks.chips.cost", "--features", "64", "--kv-heads", "8"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert told.stderr == ""

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compiling, target
+from benchmarks.chips import compilers
+from pallas_kernels import target
 from pallas_kernels.log_gate_attention import dispatch as log_gate
 from pallas_kernels.log_gate_attention import empty_state
 from pallas_kernels.log_gate_attention.pallas_gpu import IMPLEMENTATION as ATTENTION
@@ -124,13 +125,13 @@ def test_the_window_and_its_gradients(dtype, rope):
 def test_fp32_is_multiplied_as_fp32(monkeypatch):
     """Lanes multiply fp32; in bf16 the matrix units do."""
     sources = []
-    assembled = compiling._assembled
-    monkeypatch.setattr(compiling, "_assembled", lambda ptx, shared: sources.append(ptx) or assembled(ptx, shared))
+    assembled = compilers._assembled
+    monkeypatch.setattr(compilers, "_assembled", lambda ptx, shared: sources.append(ptx) or assembled(ptx, shared))
     for dtype in (jnp.float32, jnp.bfloat16):
         q, k, v = (jax.ShapeDtypeStruct((1, 64, heads, 32), dtype) for heads in (2, 1, 1))
         gate, state = jax.ShapeDtypeStruct((1, 64, 1), jnp.float32), jax.eval_shape(lambda: empty_state(1, 1, 32, 32))
         attend = functools.partial(ATTENTION.attend, normalize=True, chunk=64)
-        [kernel] = compiling.compile_for("sm_80", attend, q, k, v, gate, gate, state).kernels
+        [kernel] = compilers.compile_for("sm_80", attend, q, k, v, gate, gate, state).kernels
         assert kernel.name == "forward_kernel"
     wide, narrow = sources
     assert "mma.sync" not in wide

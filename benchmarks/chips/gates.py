@@ -14,8 +14,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import cost
-from pallas_kernels.compiling import Compiled, compile_for
+from benchmarks.chips import cost
+from benchmarks.chips.compilers import Compiled, compile_for
 from pallas_kernels.log_gate_attention import dispatch as log_gate_dispatch
 from pallas_kernels.log_gate_attention import empty_state, log_gate_attention, mapped_log_gate_attention
 from pallas_kernels.log_gate_attention.problem import Act

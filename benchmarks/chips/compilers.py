@@ -1,7 +1,7 @@
 """Kernels compiled for chips that are not here, and what each takes of its chip.
 
 TPUs through libtpu, GPUs through JAX's CUDA plugin; neither needs the hardware, a driver, or another platform than the
-one this process runs on. The ``test`` extra brings all of it.
+one this process runs on. The ``test`` group brings all of it.
 """
 
 from __future__ import annotations

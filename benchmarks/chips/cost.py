@@ -1,6 +1,6 @@
 """What the kernels cost by their arithmetic: FLOPs, bytes, and the time no kernel can beat on a chip.
 
-    python -m pallas_kernels.cost [--help]
+    python -m benchmarks.chips.cost [--help]
 
 FLOPs are those of the matmuls of the chunked computation, two for a multiply-add, over whole C×C tiles (the diagonal
 tile too, which matrix units compute in full); exponentials, sums and the sums of gates run beside them on other units.
