@@ -3,7 +3,7 @@
     python benchmarks/compile.py [--only WORD …]
 
 At the attention shape of Llama-3-8B (N=32, K=8, H=128, T=2048, bf16), F=128 and 256; what is compiled is listed in
-``benchmarks/chips/gates.py``. Needs the ``test`` group. Prints a table and writes ``benchmarks/compile.json``, a row per
+``benchmarks/chips/gates.py``. Needs the ``test`` group. Prints a table and writes ``benchmarks/compile.json``, a row a
 kernel; with ``--only`` it prints alone. Exits 1 if anything does not compile, a GPU kernel spills more than it may,
 or a v5e pass takes more cycles than it may.
 

@@ -6,6 +6,7 @@ head outputs come closest to the teacher's. The least share is next to none, so 
 leaves the student its window. No gradient, no step: a *training-free student*.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,13 +94,14 @@ def measure_start(model: Llama, batches: Sequence[Batch], place: Callable[[Any],
             continue
         assert mixer.beta is not None
         biases = _biases(mixer)
-        offsets, total = None, None
+        ages = 1 if biases is None else len(biases)
+        offsets: Array = jnp.full((ages, model.config.num_heads), jnp.nan, accumulation_dtype(hidden[0]))
+        total = None
         for n, (x, segment_ids) in enumerate(zip(hidden, segments, strict=True)):
             # One at a time: collectives of several programs in flight can starve each other on virtual devices.
             found = jax.block_until_ready(probe(block, teacher, biases, offsets, x, segment_ids))
             hidden[n], offsets, sums = found
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        assert offsets is not None
         assert total is not None
         rows.append(_choose(mixer, biases, *_on_host((offsets, total))))
     return Start(*(np.stack(column) for column in zip(*rows, strict=True)))
@@ -121,14 +123,14 @@ def _probe(
     block: Block,
     teacher: SoftmaxMixer,
     biases: Float[Array, " ages"] | None,
-    offsets: Float[Array, "ages N"] | None,
+    offsets: Float[Array, "ages N"],
     x: Float[Array, "B T D"],
     segment_ids: Int[Array, "B T"],
 ) -> tuple[Array, Array, dict[str, Array]]:
     """One layer on one batch: the teacher's next hidden state, and sums of squared errors ``[ages, shares, N]``.
 
-    ``offsets`` is the mean log-odds of the window against the memory before β, of each age and query head; None
-    measures it here.
+    ``offsets`` is the mean log-odds of the window against the memory before β, of each age and query head; NaN
+    has it measured here.
     """
     inputs = _inputs(block, x)
     target = teacher(*inputs, segment_ids=segment_ids)
@@ -139,31 +141,30 @@ def _probe(
     def squares(a: Array) -> Array:
         return jnp.where(real, jnp.square(a.astype(wide)).sum(-1), 0.0).sum((0, 1))
 
-    def candidate(bias: Array | None, offset: Array | None) -> tuple[Array, Array, Array]:
-        branches = _with(parts, bias=bias).branches(*inputs, segment_ids=segment_ids)
+    # The window knows nothing of gates: taken from here, it is computed once and not for every candidate.
+    window = _with(parts).branches(*inputs, segment_ids=segment_ids)
+
+    def candidate(bias: Array | None, offset: Array) -> tuple[Array, Array]:
+        memory = _with(parts, bias=bias).branches(*inputs, segment_ids=segment_ids)
+        branches = dataclasses.replace(memory, near=window.near, near_log=window.near_log)
         assert branches.far_log is not None
-        if offset is None:
-            there = real & (branches.far_log > 0.1 * ABSENT)
-            odds = jnp.where(there, branches.near_log - branches.far_log, 0.0).sum((0, 1))
-            offset = odds / jnp.maximum(there.sum((0, 1)), 1).astype(odds.dtype)
+        there = real & (branches.far_log > 0.1 * ABSENT)
+        odds = jnp.where(there, branches.near_log - branches.far_log, 0.0).sum((0, 1))
+        measured = odds / jnp.maximum(there.sum((0, 1)), 1).astype(odds.dtype)
+        offset = jnp.where(jnp.isnan(offset), measured, offset)
 
         def error(share: Array) -> Array:
             merging = _with(parts, beta=offset + _log_odds(share))
             return squares(merging.combine(branches, inputs[1], segment_ids).astype(wide) - target.astype(wide))
 
-        errors = jax.lax.map(error, jnp.asarray(SHARES, wide))
-        return offset, errors, squares(branches.near.astype(wide) - target.astype(wide))
+        return offset, jax.lax.map(error, jnp.asarray(SHARES, wide))
 
     if biases is None:
-        found = candidate(None, None if offsets is None else offsets[0])
-        found = jax.tree.map(lambda a: a[None], found)
-    elif offsets is None:
-        found = jax.lax.map(lambda bias: candidate(bias, None), biases)
+        offset, errors = (a[None] for a in candidate(None, offsets[0]))
     else:
-        found = jax.lax.map(lambda pair: candidate(*pair), (biases, offsets))
-    offset, errors, window = found
-    sums = {"errors": errors, "window": window[0], "power": squares(target)}
-    return block.after_heads(x, target), offset, sums
+        offset, errors = jax.lax.map(lambda pair: candidate(*pair), (biases, offsets))
+    alone = squares(window.near.astype(wide) - target.astype(wide))
+    return block.after_heads(x, target), offset, {"errors": errors, "window": alone, "power": squares(target)}
 
 
 def _with(parts: Any, *, bias: Array | None = None, beta: Array | None = None) -> LizardMixer:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import convert
 from lizard_jax.config import LizardConfig
+from lizard_jax.convert import __main__ as convert
 from lizard_jax.convert import weights
 from lizard_jax.convert.files import appearing, read_json, write_json
 from lizard_jax.convert.flax_dir import load_flax, save_flax

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-import convert
+from lizard_jax.convert import __main__ as convert
 from lizard_jax.convert.load import load_hf
 from lizard_jax.data.text import load_tokenizer
 from lizard_jax.embedded import corpus, teacher_path

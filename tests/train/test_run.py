@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import train
 from lizard_jax.convert.files import carry
 from lizard_jax.convert.load import load_hf
 from lizard_jax.convert.save import save_hf
@@ -22,6 +21,7 @@ from lizard_jax.embedded import teacher_path
 from lizard_jax.errors import UserError
 from lizard_jax.models import build
 from lizard_jax.nn.params import LoraParam, NewParam
+from lizard_jax.train import __main__ as train
 from lizard_jax.train.checkpoint import named
 from lizard_jax.train.run import fingerprint, load_run
 from tests.train.tiny import MODEL
