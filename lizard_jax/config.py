@@ -4,6 +4,7 @@ A field carries its own help text (``option``); the command line and the documen
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -85,6 +86,8 @@ class LizardConfig:
                 raise UserError(f"attention {name}={getattr(self, name)} must be at least 1")
         if self.feature_half < 0:
             raise UserError(f"attention feature_half={self.feature_half} must be 0 (the head width) or positive")
+        if not math.isfinite(self.beta_start):
+            raise UserError(f"attention beta_start={self.beta_start} must be a finite number")
         if self.memory == "all" and self.combine == "joint":
             raise UserError(
                 "attention memory=all with combine=joint counts the window's tokens twice; "
@@ -155,6 +158,15 @@ class ModelConfig:
     sliding_window: int | None = None
     sliding_window_layers: tuple[int, ...] | None = None  # None: every layer, where sliding_window is set
     attention: LizardConfig | None = None  # None: the teacher's softmax attention
+
+    def __post_init__(self) -> None:
+        kept = self.attention.softmax_layers if self.attention is not None else ()
+        absent = [layer for layer in kept if not 0 <= layer < self.num_layers]
+        if absent:
+            named = ", ".join(map(str, absent))
+            raise UserError(f"softmax-layers names {named}, and the model has layers 0 to {self.num_layers - 1}")
+        if kept and len(set(kept)) == self.num_layers:
+            raise UserError("softmax-layers names every layer, so that nothing would be linearized; leave some out")
 
 
 # ------------------------------------------------------------------------------------------------ a run

@@ -27,12 +27,14 @@ def load(path: str | Path, *, dtype: Any = None) -> "TextModel":
     Raises:
         UserError: there is no model there, or it is damaged or not supported.
     """
+    from lizard_jax.convert.files import locate
     from lizard_jax.convert.flax_dir import load_flax
     from lizard_jax.convert.load import load_hf
     from lizard_jax.convert.origin import is_flax_dir
     from lizard_jax.convert.params import cast_base
 
-    directory, source = Path(path).expanduser(), str(path)
+    directory = Path(path).expanduser()
+    source = str(directory)
     if (directory / "run.json").is_file():
         from lizard_jax.train.run import load_run
 
@@ -41,7 +43,9 @@ def load(path: str | Path, *, dtype: Any = None) -> "TextModel":
     elif is_flax_dir(directory):
         model = load_flax(directory)
     else:
-        model, dtype = load_hf(path, dtype=dtype), None
+        # From here on the place itself: tokenizer and generation config are read beside the weights.
+        source = str(locate(path))
+        model, dtype = load_hf(source, dtype=dtype), None
     model = model if dtype is None else cast_base(model, dtype)
     model.__class__ = _with_text(type(model))
     model.source = source  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ ALLOWED: dict[str, list[str]] = {
     "convert": [*MODEL, "lora", "embedded", "orbax_noise"],
     "cli": [*BASE, "configs", "embedded", "program"],
     "train": [*MODEL, "lora", "convert", "data", "embedded", "cli", "orbax_noise", "atomic"],
-    "generate": [*MODEL, "data", "atomic"],
+    "generate": [*MODEL, "convert", "data", "atomic"],
     "load": [*MODEL, "lora", "convert", "train", "generate"],
     "eval": [*MODEL, "lora", "convert", "data", "embedded", "train", "generate", "load", "atomic"],
 }

@@ -23,6 +23,9 @@ CARRIED = (
     "merges.txt",
     "*.model",
     "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "chat_template.json",
+    "tekken.json",
     "LICEN[SC]E*",
     "COPYING*",
     "NOTICE*",
@@ -89,7 +92,9 @@ def carry(source: Path, target: Path) -> None:
     for pattern in CARRIED:
         for file in sorted(source.glob(pattern)):
             if file.is_file():
-                shutil.copyfile(file, target / file.name)
+                place = target / file.relative_to(source)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, place)
 
 
 @contextmanager

@@ -35,6 +35,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": COMMON
     | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 }
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "attention_multiplier": (),
+    "query_pre_attn_scalar": (),
+    "scale_emb": (1,),
+    "scale_depth": (1,),
+    "no_rope_layers": ([],),
+    "attention_chunk_size": (),
+    "num_experts": (0,),
+    "num_local_experts": (0, 1),
+}
+"""Settings of other decoders that change what is computed, and the values at which they do not."""
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3")
 
@@ -61,6 +78,9 @@ def model_config(raw: dict[str, Any], *, attention: LizardConfig | None = None) 
     missing = [key for key in SIZES if not isinstance(raw.get(key), int)]
     if missing:
         raise UserError(f"config.json lacks {', '.join(missing)}")
+    changing = [f"{key}={raw[key]}" for key, neutral in NEUTRAL.items() if raw.get(key) not in (None, False, *neutral)]
+    if changing:
+        raise UserError(f"config.json has {', '.join(changing)}, which no {kind} decoder of transformers computes")
     full = DEFAULTS[kind] | raw
     heads, width, layers = full["num_attention_heads"], full["hidden_size"], full["num_hidden_layers"]
     kv_heads = full["num_key_value_heads"] or heads
@@ -109,7 +129,8 @@ def model_config(raw: dict[str, Any], *, attention: LizardConfig | None = None) 
 
 
 def _rope(raw: dict[str, Any], max_positions: int) -> RopeConfig:
-    told = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    # As transformers chooses: what somebody added as rope_scaling takes the place of rope_parameters.
+    told = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     kind = told.get("rope_type") or told.get("type") or "default"
     if kind not in ROPE_KINDS or any(isinstance(value, dict) for value in told.values()):
         raise UserError(f"rope type {kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")

@@ -20,6 +20,27 @@ from lizard_jax.models.llama import Llama
 from lizard_jax.nn.lizard_attention import LizardMixer
 from lizard_jax.nn.params import BaseParam, LoraParam, NewParam
 
+PEFT: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "use_bdlora": (False,),
+    "lora_bias": (False,),
+    "rank_pattern": (),
+    "alpha_pattern": (),
+    "modules_to_save": (),
+    "exclude_modules": (),
+    "layers_to_transform": (),
+    "layers_pattern": (),
+    "layer_replication": (),
+    "target_parameters": (),
+    "trainable_token_indices": (),
+    "megatron_config": (),
+    "alora_invocation_tokens": (),
+}
+"""Settings of a PEFT adapter that change what it computes, and their values for plain LoRA."""
 NEW_MODULES = "lizard.safetensors"
 ADAPTER = "adapter"
 
@@ -60,6 +81,9 @@ def load_hf(
     adapter = directory / ADAPTER
     model = skeleton(config, _lora_config(adapter) if adapter.is_dir() else None)
     weights = open_weights(directory)
+    embedding = table.to_hf("embed/embedding")[0]
+    if config.tie_embeddings and HEAD in weights.infos and embedding not in weights.infos:
+        weights.rename(HEAD, embedding)  # one tensor, stored under its other name
     base = parameters(model, BaseParam)
     extra = unread(weights, config.tie_embeddings)
     read = {name: info for name, info in weights.infos.items() if name not in extra.names()}
@@ -129,8 +153,21 @@ def _existing(file: Path) -> Path:
 
 
 def _lora_config(adapter: Path) -> LoraConfig:
-    raw = read_json(adapter / "adapter_config.json")
-    try:
-        return LoraConfig(rank=raw["r"], alpha=float(raw["lora_alpha"]), targets=tuple(raw["target_modules"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{adapter / 'adapter_config.json'} is no LoRA configuration: {error} is missing") from error
+    file = adapter / "adapter_config.json"
+    raw = read_json(file)
+    wrong = [
+        key for key, kind in (("r", int), ("lora_alpha", (int, float)), ("target_modules", (list, str)))
+        if not isinstance(raw.get(key), kind) or isinstance(raw.get(key), bool)
+    ]  # fmt: skip
+    if wrong or raw["r"] < 1:
+        raise UserError(f"{file} is no LoRA configuration: {', '.join(wrong or ['r'])} is missing or no such value")
+    foreign = [f"{key}={raw[key]!r}" for key, ours in PEFT.items() if raw.get(key) not in (None, {}, [], *ours)]
+    if isinstance(raw["target_modules"], str):
+        foreign.append(f"target_modules={raw['target_modules']!r}, a pattern")
+    if foreign:
+        raise UserError(
+            f"{file} asks for {'; '.join(foreign)}, which is not read here; merge the adapter with PEFT first"
+        )
+    # rsLoRA divides by the root of the rank, where the update is otherwise scaled by alpha / r.
+    alpha = float(raw["lora_alpha"]) * (raw["r"] ** 0.5 if raw.get("use_rslora") else 1.0)
+    return LoraConfig(rank=raw["r"], alpha=alpha, targets=tuple(map(str, raw["target_modules"])))

@@ -74,7 +74,13 @@ def misfits(wanted: dict[str, nnx.Param], infos: dict[str, TensorInfo], *, dtype
             f"{name} {infos[name].dtype}" for name in shared if not readable(infos[name].dtype, dtype)
         ],
     }
-    return [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    return [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    """The names, or the first of them and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names) if more <= 1 else f"{', '.join(names[:most])} and {more} more"
 
 
 def cast_base(model: Llama, dtype: DTypeLike) -> Llama:

@@ -25,6 +25,9 @@ class SafetensorsWeights:
     def read(self, name: str) -> np.ndarray:
         return read_tensor(self.infos[name])
 
+    def rename(self, old: str, new: str) -> None:
+        self.infos[new] = self.infos.pop(old)
+
 
 class TorchWeights:
     """Tensors of old PyTorch ``.bin`` files, loaded without running anything they contain."""
@@ -52,6 +55,10 @@ class TorchWeights:
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
         return tensor.numpy().copy()
 
+    def rename(self, old: str, new: str) -> None:
+        self.infos[new] = self.infos.pop(old)
+        self._tensors[new] = self._tensors.pop(old)
+
 
 def _load_torch(file: Path) -> dict[str, Any]:
     import torch
@@ -75,6 +82,9 @@ def open_weights(directory: Path) -> Weights:
         UserError: there are none, a shard is missing, or a file is truncated.
     """
     for kind, stem in ((SafetensorsWeights, "model.safetensors"), (TorchWeights, "pytorch_model.bin")):
+        # As transformers chooses: one whole file comes before an index, which may be left over from before.
+        if (directory / stem).is_file():
+            return kind([directory / stem])
         index = directory / f"{stem}.index.json"
         if index.is_file():
             shards = read_json(index).get("weight_map")
@@ -85,6 +95,4 @@ def open_weights(directory: Path) -> Weights:
             if absent:
                 raise UserError(f"{directory} lacks the shards {', '.join(absent)} its index names")
             return kind(files)
-        if (directory / stem).is_file():
-            return kind([directory / stem])
     raise UserError(f"{directory} is not a checkpoint: it has neither model.safetensors nor pytorch_model.bin")

@@ -31,8 +31,9 @@ def chat_document(row: Any, where: str, tokenizer: Any, *, answers: bool) -> Doc
     messages = _messages(row, where)
     text = _render(tokenizer, messages, where)
     ends_with_answer = messages[-1]["role"] == "assistant"
-    closing = text[text.rfind(messages[-1]["content"].strip()) + len(messages[-1]["content"].strip()) :]
-    closed = any(token in closing for token in tokenizer.all_special_tokens)
+    # By what the rendering ends with, not by where its words are found: an answer may be empty, or rewritten.
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    closed = any(text.rstrip().endswith(token) for token in special | set(tokenizer.all_special_tokens))
     spans: Spans = ()
     if answers:
         template = tokenizer.chat_template
@@ -70,8 +71,15 @@ def _marked(tokenizer: Any, messages: list[dict[str, str]]) -> Spans:
         return_assistant_tokens_mask=True,
         tokenizer_kwargs={"return_offsets_mapping": True},
     )
-    pairs = zip(encoded["offset_mapping"], encoded["assistant_masks"], strict=True)
-    return tuple((int(a), int(b)) for (a, b), mark in pairs if mark)
+    spans: list[tuple[int, int]] = []
+    before = False
+    for (a, b), mark in zip(encoded["offset_mapping"], encoded["assistant_masks"], strict=True):
+        if mark and before:
+            spans[-1] = (spans[-1][0], int(b))
+        elif mark:
+            spans.append((int(a), int(b)))
+        before = bool(mark)
+    return tuple(spans)
 
 
 def _found(tokenizer: Any, messages: list[dict[str, str]], text: str, where: str) -> Spans:

@@ -25,6 +25,9 @@ JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (".txt", ".text", ".md", *JSON_SUFFIXES, ".parquet")
 """The files of a directory that are read, subdirectories included, in the order of their paths."""
 
+BESIDE = re.compile(r"(readme|licen[sc]e|notice|copying|citation|changelog|contributing)\b", re.IGNORECASE)
+"""Names of files that describe a data set."""
+
 _CHUNK = 1 << 20
 _JSON_START = re.compile(r'\s*(\[\s*)?\{\s*"')
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
@@ -122,10 +125,17 @@ def _rows(config: DataConfig) -> Iterator[Row]:
 def _directory_rows(path: Path, config: DataConfig) -> Iterator[Row]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved_rows(path, config)
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in SUFFIXES)
+    files = sorted(file for file in path.rglob("*") if file.is_file() and _is_data(file.relative_to(path)))
     if not files:
         raise UserError(f"the directory {path} holds no data: none of its files ends in {', '.join(SUFFIXES)}")
     return chain.from_iterable(_file_rows(file, config) for file in files)
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file of a directory is data, and none of what lies beside data."""
+    if any(part.startswith(".") for part in path.parts) or path.suffix.lower() not in SUFFIXES:
+        return False
+    return not (BESIDE.match(path.name) or path.name in ("dataset_infos.json", "dataset_info.json"))
 
 
 def _file_rows(path: Path, config: DataConfig) -> Iterator[Row]:
@@ -137,7 +147,7 @@ def _file_rows(path: Path, config: DataConfig) -> Iterator[Row]:
             head = file.read(4096)
         named = path.suffix.lower() in JSON_SUFFIXES
         if config.format in ("alpaca", "chat") or named or (config.format == "auto" and _JSON_START.match(head)):
-            yield from _array_rows(path) if head.lstrip().startswith("[") else _line_rows(path)
+            yield from _line_rows(path) if _has_lines(path, head) else _whole_rows(path)
         else:
             yield from _text_rows(path, config.separator)
     except UnicodeDecodeError as error:
@@ -173,12 +183,35 @@ def _line_rows(path: Path) -> Iterator[Row]:
                     raise UserError(f"malformed JSON in {path}, line {number}: {error.msg}") from None
 
 
-def _array_rows(path: Path) -> Iterator[Row]:
+def _has_lines(path: Path, head: str) -> bool:
+    """Whether each line is a record of its own; else the file is one value, an array or an object of several lines."""
+    if head.lstrip().startswith("["):
+        return False
+    with path.open(encoding="utf-8-sig") as file:
+        line = next((line for line in file if line.strip()), "")
+        if not line:
+            return True  # nothing at all: no rows
+        try:
+            first = json.loads(line)
+        except ValueError:
+            # A first line that is only the beginning of an object; a damaged record ends where it stands.
+            return line.rstrip().endswith("}") and line.count("{") <= line.count("}")
+        return not _holds_records(first) or any(other.strip() for other in file)
+
+
+def _holds_records(value: Any) -> bool:
+    """Whether an object is no record but a wrapper: its one list of objects is the data."""
+    return isinstance(value, dict) and isinstance(value.get("data"), list)
+
+
+def _whole_rows(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as file:
         try:
             records = json.load(file)
         except json.JSONDecodeError as error:
             raise UserError(f"malformed JSON in {path}, line {error.lineno}: {error.msg}") from None
+    if isinstance(records, dict):
+        records = records["data"] if _holds_records(records) else [records]
     for number, record in enumerate(records, 1):
         yield f"{path}, record {number}", record
 

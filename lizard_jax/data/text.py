@@ -79,6 +79,21 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
+def check_unicode(text: str, what: str) -> None:
+    """Refuses a text with half a surrogate pair, which no tokenizer takes; ``what`` names it.
+
+    Raises:
+        UserError: it has one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} holds {text[error.start]!a} at character {error.start}, half of a surrogate pair, which is "
+            "no Unicode text"
+        ) from None
+
+
 def affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The token ids ``tokenizer`` puts in front of a text, and those it appends."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -115,12 +130,15 @@ def tokenize(
     tokens, lengths, origin, scored, seen = array("i"), array("q"), array("q"), bytearray(), 0
     with tqdm(desc="tokenizing", unit=" documents", delay=2.0, disable=None, leave=False) as bar:
         for batch in _batches(documents):
+            for i, document in enumerate(batch):
+                check_unicode(document.text, f"document {seen + i + 1} of {source}")
             encoded = encode([document.text for document in batch], add_special_tokens=False)
             for i, document in enumerate(batch):
                 ids = encoded[i].ids
                 head = prefix if ids[: len(prefix)] != prefix else []
                 closes = document.open_end or (eos and document.answers is None)
-                tail = [*suffix, *end] if closes and suffix[-1:] != end else suffix
+                ended = [*ids[-1:], *suffix][-1:] == end
+                tail = [*suffix, *end] if closes and not ended else suffix
                 if len(head) + len(ids) + len(tail) < 2:
                     continue
                 tokens.extend((*head, *ids, *tail))

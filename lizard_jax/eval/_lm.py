@@ -1,5 +1,6 @@
 """The model as lm-evaluation-harness sees one."""
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,9 @@ from tqdm import tqdm
 from lizard_jax.data.text import affixes
 from lizard_jax.errors import UserError
 from lizard_jax.eval._scoring import Scorer
+from lizard_jax.generate.decode import broken
 from lizard_jax.generate.engine import Generation
+from lizard_jax.generate.prompts import check_ids
 from lizard_jax.generate.sampling import Sampling
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -79,8 +82,12 @@ class LizardLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
+        for _, context, continuation in requests:
+            check_ids([*context, *continuation], self.model.config.vocab_size, "a request of the task")
         with self._bar(len(requests), "scoring") as bar:
             answers = self.scorer.score([request[1:] for request in requests], advance=bar.update)
+        if not all(math.isfinite(score) for score, _ in answers):
+            raise broken(self.model)
         for (texts, *_), answer in zip(requests, answers, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)

@@ -143,6 +143,7 @@ def continuations(
             blocks.append(block)
             left -= decode.BLOCK
         tokens = np.concatenate(blocks)
+        decode.check_finite(model, tokens)
         for place, (_, count) in enumerate(group):
             row = [int(token) for token in tokens[:count, place] if token >= 0]
             # Special tokens inside stay visible: without them a broken answer might look like a right one.

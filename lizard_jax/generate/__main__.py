@@ -9,6 +9,7 @@ CKPT is an HF directory or hub id, a Flax directory, or a run's stage directory;
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import signal
@@ -239,6 +240,10 @@ def converse(session: Session) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     told = arguments().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal without the letters shows their numbers; nothing that was written is lost over one.
+            stream.reconfigure(errors="backslashreplace")
     try:
         if told.prompt is None and not (told.prompts or told.interactive or told.load_state):
             raise UserError("nothing to continue; give --prompt TEXT, --prompts FILE or --interactive")

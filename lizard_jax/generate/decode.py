@@ -12,13 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lizard_jax.errors import UserError
 from lizard_jax.generate.sampling import Sampling, draw
 from lizard_jax.models.llama import Llama
 from lizard_jax.nn.cache import KVCache
+from lizard_jax.nn.finite import not_finite
 from lizard_jax.typing import Array, Bool, Float, Int
 
 PREFILL = 512
 """Tokens of a prompt read at once."""
+NOT_FINITE = -2
+"""Stands for a token where there were no logits to draw it from."""
 BLOCK = 32
 """Most tokens written between two looks at the host."""
 
@@ -109,13 +113,18 @@ def with_room(state: Any, lengths: Sequence[int], new: int, size: int = PREFILL)
 
 @functools.partial(jax.jit, static_argnames=("sampling", "stops"), donate_argnums=(1,))
 def _first(logits: Float[Array, "B V"], carry: Carry, *, sampling: Sampling, stops: tuple[int, ...]) -> Carry:
-    token = draw(logits, carry.seen, carry.rows, carry.written, sampling)
+    token = _finite(logits, draw(logits, carry.seen, carry.rows, carry.written, sampling))
     return _drawn(carry, token, stops)
+
+
+def _finite(logits: Float[Array, "B V"], token: Int[Array, " B"]) -> Int[Array, " B"]:
+    """The tokens drawn, NOT_FINITE where the logits they were drawn from are none."""
+    return jnp.where(jnp.isfinite(logits.max(axis=-1)), token, NOT_FINITE)
 
 
 def _drawn(carry: Carry, token: Int[Array, " B"], stops: tuple[int, ...]) -> Carry:
     alive = carry.alive
-    for stop in stops:
+    for stop in (*stops, NOT_FINITE):
         alive = alive & (token != stop)
     seen = carry.seen
     if seen is not None:
@@ -134,7 +143,7 @@ def _write(
         i, buffer, carry = loop
         lengths = carry.alive.astype(jnp.int32)
         logits, state = model.extend(carry.token[:, None], carry.state, lengths)
-        token = draw(logits[:, 0], carry.seen, carry.rows, carry.written, sampling)
+        token = _finite(logits[:, 0], draw(logits[:, 0], carry.seen, carry.rows, carry.written, sampling))
         token = jnp.where(carry.alive, token, carry.token)
         buffer = buffer.at[i].set(jnp.where(carry.alive, token, -1))
         return i + 1, buffer, _drawn(replace(carry, state=state), token, stops)
@@ -185,4 +194,23 @@ def write(
     """Up to ``count`` ≤ BLOCK more tokens of every living row (-1 elsewhere), and the carry after them (donated)."""
     buffer, carry = _write(model, carry, jnp.int32(count), sampling=sampling, stops=stops)
     tokens = np.asarray(buffer)[:count]
-    return tokens[(tokens >= 0).any(axis=1)], carry
+    return tokens[(tokens != -1).any(axis=1)], carry
+
+
+def check_finite(model: Llama, tokens: Int[np.ndarray, "n B"]) -> None:
+    """Refuses to go on where a token was drawn from logits that are not finite.
+
+    Raises:
+        UserError: one was; it names the first parameter that is not finite, if one is.
+    """
+    if (tokens == NOT_FINITE).any():
+        raise broken(model)
+
+
+def broken(model: Llama) -> UserError:
+    """What to say of a model whose logits are not finite."""
+    if (path := not_finite(model)) is not None:
+        return UserError(f"the model's logits are not finite: its parameter {path} holds NaN or infinity")
+    return UserError(
+        "the model's logits are not finite, though its parameters are: values overflow on the way; try --dtype float32"
+    )

@@ -12,6 +12,7 @@ import numpy as np
 from lizard_jax.errors import UserError
 from lizard_jax.generate import decode
 from lizard_jax.generate.conversation import Conversation
+from lizard_jax.generate.prompts import check_ids, special_stops
 from lizard_jax.generate.sampling import Sampling
 from lizard_jax.generate.text import Detokenizer, Stopper
 from lizard_jax.models.llama import Llama
@@ -39,12 +40,13 @@ class Generation:
     Args:
         prompts: token ids, at least one each, of any lengths.
         max_new_tokens: most tokens written for each prompt.
-        stops: strings that end a row; they are not part of its text.
+        stops: strings that end a row, special tokens among them; they are not part of its text.
         eos: token ids that end a row.
         earlier: the conversation that the one prompt goes on with.
 
     Raises:
-        UserError: an empty prompt, or an ``earlier`` conversation with several prompts.
+        UserError: no prompt, an empty one, one with tokens that the model does not have, or an ``earlier``
+            conversation with several prompts. From ``pieces``: logits that are not finite.
     """
 
     def __init__(
@@ -65,11 +67,17 @@ class Generation:
             if len(prompts) != 1:
                 raise UserError("a conversation goes on with one prompt, not with several")
             prompts = [[*earlier.pending, *prompts[0]]]
+        if not len(prompts):
+            raise UserError("there is no prompt; give at least one")
         for number, prompt in enumerate(prompts):
             if not len(prompt):
                 raise UserError(f"prompt {number + 1} is empty; give at least one token to go on from")
-        self.model, self.sampling, self.eos = model, sampling, tuple(int(x) for x in eos)
-        self.stops, self.max_new_tokens, self.earlier = tuple(stops), max_new_tokens, earlier
+            check_ids(prompt, model.config.vocab_size, f"prompt {number + 1}")
+        stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        # Special tokens are no part of the text that stop strings are looked for in.
+        ends, stops = special_stops(tokenizer, stops)
+        self.model, self.sampling, self.eos = model, sampling, (*(int(x) for x in eos), *ends)
+        self.stops, self.max_new_tokens, self.earlier = stops, max_new_tokens, earlier
         self.rows = [Row(list(prompt), Detokenizer(tokenizer, prompt), Stopper(self.stops)) for prompt in prompts]
         self.prefill_seconds = self.decode_seconds = 0.0
         self.interrupted = False
@@ -139,6 +147,7 @@ class Generation:
         return decode.replace(carry, alive=carry.alive & living)
 
     def _tell(self, block: np.ndarray) -> Iterator[tuple[int, str]]:
+        decode.check_finite(self.model, block)
         for number, row in enumerate(self.rows):
             if row.finish is not None:
                 continue

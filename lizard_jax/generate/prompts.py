@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lizard_jax.data.text import affixes, load_tokenizer
+from lizard_jax.convert.files import read_json
+from lizard_jax.data.text import affixes, check_unicode, load_tokenizer
 from lizard_jax.errors import UserError
 
 
@@ -17,10 +18,36 @@ def text_tokenizer(source: str) -> Any:
 
 
 def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
-    """Token ids of a text, behind what the tokenizer puts in front of one (``special``), without what it appends."""
+    """Token ids of a text, behind what the tokenizer puts in front of one (``special``), without what it appends.
+
+    Raises:
+        UserError: the text is no Unicode.
+    """
+    check_unicode(text, "the prompt")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     head = affixes(tokenizer)[0] if special else []
     return [*(head if ids[: len(head)] != head else []), *ids]
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
+    """Refuses tokens that a model does not have; ``what`` names the text they are of.
+
+    Raises:
+        UserError: there is one.
+    """
+    odd = [token for token in ids if not 0 <= token < vocab_size]
+    if odd:
+        raise UserError(
+            f"vocabulary mismatch: {what} holds token id {max(odd, key=abs)}, but the model's vocabulary has "
+            f"{vocab_size} entries; use the model's own tokenizer"
+        )
+
+
+def special_stops(tokenizer: Any, stops: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Of stop strings, the ids of those that are a special token (and white space), and the others."""
+    special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = {stop: special[stop.strip()] for stop in stops if stop.strip() in special}
+    return tuple(ends.values()), tuple(stop for stop in stops if stop not in ends)
 
 
 def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
@@ -57,13 +84,20 @@ def next_turn(tokenizer: Any, messages: Sequence[dict[str, str]], pending: int) 
 
 
 def end_tokens(source: str, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end a text: the tokenizer's EOS, and those that generation_config.json or config.json name."""
+    """Ids that end a text: the tokenizer's EOS, and those that generation_config.json or config.json name.
+
+    Raises:
+        UserError: a file that cannot be read, or names something else than ids.
+    """
     found = [tokenizer.eos_token_id]
     for name in ("generation_config.json", "config.json"):
         file = Path(source).expanduser() / name
         if file.is_file():
-            named = json.loads(file.read_text()).get("eos_token_id")
-            found += named if isinstance(named, list) else [named]
+            named = read_json(file).get("eos_token_id")
+            named = named if isinstance(named, list) else [named]
+            if not all(token is None or type(token) is int for token in named):
+                raise UserError(f"{file}: eos_token_id is {named}; it must be a token id or a list of them")
+            found += named
     return tuple(sorted({int(token) for token in found if token is not None}))
 
 
@@ -75,7 +109,8 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     """
     file = Path(path).expanduser()
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Lines end where JSONL ends them: U+2028 and its like may stand inside a string.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read prompts from {file}: {getattr(error, 'strerror', None) or error}") from None
     records = []

@@ -1,5 +1,6 @@
 """From logits to the next token."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -29,11 +30,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, good, allowed in (
-            ("temperature", self.temperature >= 0, "0 or more"),
+            ("temperature", self.temperature == 0 or 1e-6 <= self.temperature < math.inf, "0 (greedy) or 1e-6 or more"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, "between 0.001 and 1000"),
             ("seed", 0 <= self.seed < 2**32, "between 0 and 2^32"),
         ):
             if not good:
@@ -47,7 +48,8 @@ class Sampling:
 
 def filtered(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """Logits over the temperature, -inf where a filter drops the token; the likeliest token always stays."""
-    logits = logits / sampling.temperature
+    # Below the largest: what small temperatures blow up is then 0 or less, and never overflows to infinity.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)

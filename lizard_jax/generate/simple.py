@@ -13,7 +13,7 @@ def generate(
     prompt: str | Sequence[str],
     *,
     max_new_tokens: int = 128,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     chat: bool = False,
     **sampling: Any,
 ) -> str | list[str]:
@@ -21,7 +21,7 @@ def generate(
 
     Args:
         max_new_tokens: most tokens written for each prompt.
-        stop: strings that end the text; they are not part of it.
+        stop: a string that ends the text, or several; they are not part of it.
         chat: the prompt is a user's message, put into the tokenizer's chat template.
         sampling: fields of ``Sampling``: ``temperature`` (0, the default, is greedy), ``top_k``, ``top_p``, ``min_p``,
             ``repetition_penalty``, ``seed``.

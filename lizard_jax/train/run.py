@@ -239,6 +239,11 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
     loader = Loader(config.data, tokenizer, vocab_size=record["model"]["vocab_size"])
     record["data"] = {"fingerprint": loader.fingerprint, "tokens": loader.num_tokens}
     _check_same(place, record)
+    if not any(batch.loss_mask.any() for batch in loader.held_out()):
+        raise UserError(
+            f"no token that {config.data.path} keeps for validation is scored, so nothing could be measured; keep more "
+            "documents (--held-out), score more of them (--held-out-tokens), or leave out --answer-only"
+        )
     if (note := short_text(config, loader)) and jax.process_index() == 0:
         print(note, file=sys.stderr, flush=True)
     model = start_model(config, source, mesh)

@@ -1,0 +1,272 @@
+"""What bug reports of tools for this job complain of, tried here: each with the right value."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import lizard_jax
+from lizard_jax.config import DataConfig, LizardConfig
+from lizard_jax.convert.hf_config import model_config
+from lizard_jax.convert.load import load_hf
+from lizard_jax.data.records import documents
+from lizard_jax.data.text import Document, load_tokenizer, tokenize
+from lizard_jax.errors import UserError
+from lizard_jax.generate.__main__ import main
+from tests.scripted import END, scripted
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return lizard_jax.load(scripted(tmp_path_factory.mktemp("scripted") / "model"))
+
+
+def changed(directory, name, **entries):
+    """config.json, or another JSON file, with these entries."""
+    file = directory / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+    return directory
+
+
+# ------------------------------------------------------------------------------------------------ generation
+
+
+def test_the_script(model):
+    assert model.generate("a", max_new_tokens=8) == "bc"
+    assert model.generate("x", max_new_tokens=5) == "yzxyz"
+    assert model.generate("hello", chat=True, max_new_tokens=8) == "abc"
+
+
+def test_a_hub_id_is_read_as_its_directory(tmp_path, monkeypatch):
+    place = scripted(tmp_path / "snapshot")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(place))
+    assert lizard_jax.load("somebody/scripted").generate("a", max_new_tokens=8) == "bc"
+
+
+@pytest.mark.parametrize("stop", ["<|im_end|>", "<|im_end|>\n", ["nothing", "<|im_end|>"]])
+def test_a_special_token_stops_a_text(tmp_path, stop):
+    place = scripted(tmp_path / "model")
+    (place / "generation_config.json").unlink()
+    other = lizard_jax.load(place)
+    assert other.generate("a", max_new_tokens=8) == "bcxyzxy"
+    assert other.generate("a", max_new_tokens=8, stop=stop) == "bc"
+
+
+def test_one_stop_string_is_one(model):
+    assert model.generate("x", max_new_tokens=9, stop="zx") == "y"
+    assert model.generate("x", max_new_tokens=9, stop=["zx"]) == "y"
+
+
+def test_nothing_to_go_on_from_is_one_line(model):
+    with pytest.raises(UserError, match="there is no prompt"):
+        model.generate([])
+    with pytest.raises(UserError, match="prompt 2 is empty"):
+        model.generate(["a", ""])
+
+
+def test_tokens_a_model_does_not_have_are_refused(tmp_path):
+    place = scripted(tmp_path / "model")
+    tensors = load_file(place / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:100]
+    save_file(tensors, place / "model.safetensors")
+    small = lizard_jax.load(changed(place, "config.json", vocab_size=100))
+    with pytest.raises(UserError, match=r"prompt 1 holds token id .*, but the model's vocabulary has 100"):
+        small.generate("ü", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("where", ["lm_head.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_no_text_is_made_of_logits_that_are_not_finite(tmp_path, where, capsys):
+    place = scripted(tmp_path / "model")
+    tensors = load_file(place / "model.safetensors")
+    tensors[where] = np.full_like(tensors[where], np.nan)
+    save_file(tensors, place / "model.safetensors")
+    assert main([str(place), "--prompt", "a", "--max-new-tokens", "4"]) == 2
+    told = capsys.readouterr().err
+    named = {"lm_head.weight": "lm_head/kernel", "model.layers.0.mlp.up_proj.weight": "layers/0/mlp/up_proj/kernel"}
+    assert f"its parameter {named[where]} holds NaN or infinity" in told
+    # A setting that breaks it, with sound parameters.
+    sound = changed(scripted(tmp_path / "sound"), "config.json", rms_norm_eps=-1.0)
+    assert main([str(sound), "--prompt", "a", "--max-new-tokens", "4"]) == 2
+    assert "not finite, though its parameters are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 5e-7, -1.0, float("nan"), float("inf")])
+def test_temperatures_that_cannot_be_divided_by(model, temperature):
+    with pytest.raises(UserError, match=r"temperature is .*, must be 0 \(greedy\) or 1e-6 or more"):
+        model.generate("a", temperature=temperature)
+
+
+def test_the_smallest_temperature_is_greedy(model):
+    assert model.generate("x", max_new_tokens=5, temperature=1e-6) == "yzxyz"
+
+
+# ------------------------------------------------------------------------------------------ what is typed and read
+
+
+def test_lines_of_prompts_end_as_jsonl_does(tmp_path, capsys):
+    place = scripted(tmp_path / "model")
+    file = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"one{odd}x"}, ensure_ascii=False) for odd in ("\u2028", "\x85", "\x0c")]
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert main([str(place), "--prompts", str(file), "--max-new-tokens", "3"]) == 0
+    assert [json.loads(line)["continuation"] for line in capsys.readouterr().out.split("\n") if line] == ["yzx"] * 3
+
+
+def test_half_a_surrogate_pair_is_one_line(tmp_path, capsys):
+    place = scripted(tmp_path / "model")
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a\\ud800"}\n')
+    for given in (["--prompts", str(file)], ["--prompt", "a\ud800"]):
+        assert main([str(place), *given]) == 2
+        assert "the prompt holds '\\ud800' at character 1, half of a surrogate pair" in capsys.readouterr().err
+    with pytest.raises(UserError, match="document 2 of here holds"):
+        tokenize(
+            [Document("ab"), Document("c\udfff")], load_tokenizer(place), source="here", vocab_size=300
+        )  # fmt: skip
+
+
+def test_an_output_without_the_letters_loses_nothing(tmp_path, monkeypatch):
+    place = scripted(tmp_path / "model")
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert main([str(place), "--prompt", "ü", "--max-new-tokens", "3"]) == 0
+    sys.stdout.flush()
+    assert raw.getvalue() == b"\\xfcabc\n"
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[1]", b"{", b'{"eos_token_id": "x"}', b'{"eos_token_id": [true]}'])
+def test_a_damaged_generation_config_is_one_line(tmp_path, content, capsys):
+    place = scripted(tmp_path / "model")
+    (place / "generation_config.json").write_bytes(content)
+    assert main([str(place), "--prompt", "a"]) == 2
+    told = capsys.readouterr().err
+    assert "generation_config.json" in told
+    assert told.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_a_whole_file_comes_before_an_index_left_over(tmp_path):
+    place = scripted(tmp_path / "model")
+    (place / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "gone.safetensors"}}')
+    assert lizard_jax.load(place).generate("a", max_new_tokens=8) == "bc"
+
+
+def test_a_tied_head_under_its_other_name(tmp_path):
+    place = changed(scripted(tmp_path / "model"), "config.json", tie_word_embeddings=True)
+    tensors = load_file(place / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, place / "model.safetensors")
+    loaded = load_hf(place)
+    assert loaded.lm_head is None
+    assert np.array_equal(loaded.embed.embedding[...], tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize("added", [{"rope_type": "linear", "factor": 4.0}, {"type": "dynamic", "factor": 2.0}])
+def test_rope_scaling_that_was_added_counts_as_in_transformers(tmp_path, added):
+    from transformers import AutoConfig
+
+    place = scripted(tmp_path / "model", rope_parameters={"rope_type": "default", "rope_theta": 5e4})
+    changed(place, "config.json", rope_scaling=added)
+    theirs = AutoConfig.from_pretrained(place).rope_parameters
+    ours = model_config(json.loads((place / "config.json").read_text())).rope
+    assert (ours.kind, ours.factor, ours.theta) == (theirs["rope_type"], theirs["factor"], theirs["rope_theta"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("final_logit_softcapping", 30.0), ("attention_multiplier", 0.2), ("num_experts", 8)]
+)
+def test_settings_of_other_decoders_are_refused(tmp_path, setting, value):
+    place = scripted(tmp_path / "model", **{setting: value})
+    with pytest.raises(UserError, match=f"config.json has {setting}={value}, which no llama decoder"):
+        load_hf(place)
+    scripted(tmp_path / "neutral", final_logit_softcapping=None, logits_scaling=1.0, num_experts=0)
+    load_hf(tmp_path / "neutral")
+
+
+def test_a_missing_prefix_is_not_a_list_of_every_tensor(tmp_path):
+    place = scripted(tmp_path / "model")
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(place / "model.safetensors").items()}
+    save_file(tensors, place / "model.safetensors")
+    with pytest.raises(UserError, match="and 3 more") as told:
+        load_hf(place)
+    assert len(str(told.value)) < 900
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"), [((99, -1), "softmax-layers names 99, -1, and the model has layers 0 to 0"),
+                          ((0,), "softmax-layers names every layer")],
+)  # fmt: skip
+def test_layers_that_are_not_there_are_refused(tmp_path, layers, words):
+    place = scripted(tmp_path / "model")
+    with pytest.raises(UserError, match=words):
+        load_hf(place, attention=LizardConfig(window=8, softmax_layers=layers))
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+def chat(tokenizer, tmp_path, messages, **options):
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": messages}))
+    return next(documents(DataConfig(path=str(file), **options), tokenizer))
+
+
+@pytest.mark.parametrize("answer", ["", "<think>long</think>short", "ends <|im_end|>"])
+def test_a_closed_turn_is_not_closed_again(tmp_path, answer):
+    tokenizer = load_tokenizer(scripted(tmp_path / "model"))
+    # As reasoning models' templates do: what was thought is dropped from the answer.
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "message['content'].split('</think>')[-1]"
+    )
+    document = chat(tokenizer, tmp_path, [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}])
+    ids = tokenize([document], tokenizer, source="chat", vocab_size=300).tokens.tolist()
+    assert not document.open_end
+    assert ids[-2:] == [END, ids[-1]]
+    assert 256 not in ids
+    open_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.chat_template = open_template
+    assert chat(tokenizer, tmp_path, [{"role": "assistant", "content": "y"}]).open_end
+
+
+def test_an_answer_the_template_marks_is_one_span(tmp_path):
+    tokenizer = load_tokenizer(scripted(tmp_path / "model"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "yz" * 50}] * 2
+    document = chat(tokenizer, tmp_path, turns, answer_only=True)
+    assert [document.text[a:b] for a, b in document.answers] == ["yz" * 50 + "<|im_end|>"] * 2
+
+
+def test_what_lies_beside_data_is_not_data(tmp_path):
+    place = tmp_path / "set"
+    (place / ".git").mkdir(parents=True)
+    for name in ("README.md", "LICENSE.txt", ".git/x.txt"):
+        (place / name).write_text("not data")
+    (place / "dataset_infos.json").write_text('{"default": {}}')
+    (place / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert [d.text for d in documents(DataConfig(path=str(place)), None)] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps([{"text": "one"}, {"text": "two"}], indent=2),
+        json.dumps({"data": [{"text": "one"}, {"text": "two"}]}),
+        json.dumps({"version": 1, "data": [{"text": "one"}, {"text": "two"}]}, indent=2),
+        '{"text": "one"}\n\n{"text": "two"}\n',
+    ],
+)
+def test_json_as_it_is_found(tmp_path, content):
+    file = tmp_path / "data.json"
+    file.write_text(content)
+    assert [d.text for d in documents(DataConfig(path=str(file)), None)] == ["one", "two"]
+    file.write_text(json.dumps({"text": "alone"}, indent=2))
+    assert [d.text for d in documents(DataConfig(path=str(file)), None)] == ["alone"]
