@@ -16,13 +16,14 @@ if TYPE_CHECKING:
         def generate(self, prompt: str | Sequence[str], **options: Any) -> str | list[str]: ...
 
 
-def load(path: str | Path, *, dtype: Any = None) -> "TextModel":
+def load(path: str | Path, *, dtype: Any = None, teacher: str | Path | None = None) -> "TextModel":
     """The model at ``path``, to call, to train and to write text with (``model.generate("Once")``).
 
     Args:
         path: an HF checkpoint directory or hub id, a Flax directory of ``convert.py hf2flax``, or a run's stage
             directory (``runs/NAME/stage2``).
         dtype: of the base weights and activations; None keeps what is stored.
+        teacher: of a stage directory, where its teacher lies now, if not where it was.
 
     Raises:
         UserError: there is no model there, or it is damaged or not supported.
@@ -38,8 +39,8 @@ def load(path: str | Path, *, dtype: Any = None) -> "TextModel":
     if (directory / "run.json").is_file():
         from lizard_jax.train.run import load_run
 
-        model, teacher = load_run(directory)
-        source = str(teacher)
+        model, found = load_run(directory, teacher=teacher)
+        source = str(found)
     elif is_flax_dir(directory):
         model = load_flax(directory)
     else:

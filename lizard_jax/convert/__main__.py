@@ -44,6 +44,9 @@ def arguments() -> argparse.ArgumentParser:
         action="store_true",
         help="write LoRA as a PEFT adapter in DST/adapter, the base weights untouched (default: merge it into them)",
     )
+    to_hf.add_argument(
+        "--teacher", metavar="DIR", help="of a stage directory, where its teacher has moved (default: where it was)"
+    )
     linear = commands.add_parser(
         "linearize",
         help="HF checkpoint to a student that was not trained",
@@ -81,7 +84,7 @@ def hf2flax(src: str, dst: str) -> str:
     return _summary(model, dst)
 
 
-def flax2hf(src: str, dst: str, *, adapter: bool) -> str:
+def flax2hf(src: str, dst: str, *, adapter: bool, teacher: str | None = None) -> str:
     """Runs ``flax2hf`` and returns the line that says what was written."""
     from lizard_jax.convert.files import refuse_existing
     from lizard_jax.convert.flax_dir import load_flax, read_manifest
@@ -97,7 +100,7 @@ def flax2hf(src: str, dst: str, *, adapter: bool) -> str:
     if trained:
         from lizard_jax.train.run import load_run
 
-        model, source = load_run(directory)
+        model, source = load_run(directory, teacher=teacher)
     else:
         model = load_flax(directory)
     with _Bar("writing") as progress:
@@ -178,7 +181,7 @@ def main() -> int:
                 )
             )  # fmt: skip
         else:
-            print(flax2hf(told.src, told.dst, adapter=told.adapter))
+            print(flax2hf(told.src, told.dst, adapter=told.adapter, teacher=told.teacher))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,6 +21,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from itertools import batched
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,6 +74,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _student(told: argparse.Namespace) -> Any:
+    """The student; a stage whose teacher has moved is read with the one it is compared with."""
+    import lizard_jax
+
+    try:
+        return lizard_jax.load(told.checkpoint, dtype=told.dtype)
+    except UserError as error:
+        if not (Path(told.checkpoint).expanduser() / "run.json").is_file():
+            raise
+        try:
+            return lizard_jax.load(told.checkpoint, dtype=told.dtype, teacher=told.teacher)
+        except UserError:
+            raise error from None
+
+
 def run(told: argparse.Namespace) -> None:
     """Measures, prints the tables, and writes what ``--out`` asks for.
 
@@ -95,7 +111,7 @@ def run(told: argparse.Namespace) -> None:
     import lizard_jax
     from lizard_jax.generate.prompts import end_tokens, text_tokenizer
 
-    student = lizard_jax.load(told.checkpoint, dtype=told.dtype)
+    student = _student(told)
     teacher = lizard_jax.load(told.teacher, dtype=told.dtype)
     check_pair(student, teacher)
     count = student.config.num_layers

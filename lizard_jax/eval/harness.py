@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lizard_jax.errors import UserError
+from lizard_jax.eval import _checkpoint
 from lizard_jax.eval.results import prepare, write
 
 NAME = "harness"
@@ -31,7 +32,7 @@ HELP = "tasks of lm-evaluation-harness: piqa, hellaswag, mmlu, …, or local tas
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
-    parser.add_argument("checkpoint", metavar="CKPT", help="HF directory or hub id, Flax directory, or stage directory")
+    _checkpoint.add_arguments(parser)
     parser.add_argument("--tasks", required=True, metavar="A,B,…", help="names of tasks or groups; * and ? match any")
     parser.add_argument("--task-path", metavar="DIR", help="directory with task files of your own")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question")
@@ -44,9 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most tokens of a text; longer ones lose their beginning (default: the positions of the configuration)",
     )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="where to write result.json")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as stored)"
-    )
 
 
 def run(told: argparse.Namespace) -> None:
@@ -70,11 +68,10 @@ def run(told: argparse.Namespace) -> None:
     names = [name.strip() for name in told.tasks.split(",") if name.strip()]
     chosen = load_tasks(names, task_path=told.task_path, num_fewshot=told.num_fewshot)
 
-    import lizard_jax
     from lizard_jax.eval._lm import LizardLM
     from lizard_jax.generate.prompts import end_tokens, text_tokenizer
 
-    model = lizard_jax.load(told.checkpoint, dtype=told.dtype)
+    model = _checkpoint.load(told)
     tokenizer = text_tokenizer(model.source)
     lm = LizardLM(
         model, tokenizer, end=end_tokens(model.source, tokenizer), batch_size=told.batch_size,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lizard_jax.errors import UserError
-from lizard_jax.eval import results, retrieval
+from lizard_jax.eval import _checkpoint, results, retrieval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +71,7 @@ def run(told: argparse.Namespace) -> None:
     if told.write and told.form != "alpaca":
         raise UserError(f"--write makes Alpaca records; leave out --form {told.form}")
     place = results.prepare(told.out) if not told.write else None
-    tokenizer = load_tokenizer(retrieval.tokenizer_source(told.checkpoint))
+    tokenizer = load_tokenizer(_checkpoint.tokenizer_source(told))
     ruler = Measure(tokenizer, retrieval.filler(told))
     sets = [
         PasskeySet(ruler, length, told.keys, key_tokens, told.form, told.seed, bool(told.write), told.depths)
@@ -83,10 +83,9 @@ def run(told: argparse.Namespace) -> None:
         write(Path(told.write).expanduser(), sets, told.samples or RECORDS)
         return
 
-    import lizard_jax
     from lizard_jax.generate.prompts import end_tokens
 
-    model = lizard_jax.load(told.checkpoint, dtype=told.dtype)
+    model = _checkpoint.load(told)
     result = measure(
         model, sets, samples=told.samples or SAMPLES, batch=told.batch, eos=end_tokens(model.source, tokenizer)
     )

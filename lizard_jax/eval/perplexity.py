@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lizard_jax.errors import UserError
-from lizard_jax.eval import results, texts
+from lizard_jax.eval import _checkpoint, results, texts
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -48,7 +48,7 @@ POOL = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this evaluation."""
-    parser.add_argument("checkpoint", metavar="CKPT", help="HF directory or hub id, Flax directory, or stage directory")
+    _checkpoint.add_arguments(parser)
     texts.add_arguments(parser)
     parser.add_argument("--tokens", type=int, default=65536, help="most tokens to predict (default %(default)s)")
     parser.add_argument(
@@ -58,9 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="contexts read side by side (default %(default)s)")
     parser.add_argument("--length", type=int, help="trained length in tokens (default: the checkpoint's config)")
     parser.add_argument("--out", metavar="DIR", help="also write result.json and perplexity.png there")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as stored)"
-    )
 
 
 def run(told: argparse.Namespace) -> None:
@@ -76,10 +73,9 @@ def run(told: argparse.Namespace) -> None:
     texts.check_data(told.data)
     place = results.prepare(told.out)
 
-    import lizard_jax
     from lizard_jax.generate.prompts import text_tokenizer
 
-    model = lizard_jax.load(told.checkpoint, dtype=told.dtype)
+    model = _checkpoint.load(told)
     length = told.length or model.config.max_positions
     documents = texts.read(
         told.data, text_tokenizer(model.source), vocab_size=model.config.vocab_size, separator=told.separator,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lizard_jax.errors import UserError
-from lizard_jax.eval import results, retrieval
+from lizard_jax.eval import _checkpoint, results, retrieval
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -59,16 +59,15 @@ def run(told: argparse.Namespace) -> None:
     told.pairs = sorted(set(told.pairs))
     place = results.prepare(told.out)
 
-    import lizard_jax
     from lizard_jax.data.text import affixes, load_tokenizer
 
-    tokenizer = load_tokenizer(retrieval.tokenizer_source(told.checkpoint))
+    tokenizer = load_tokenizer(_checkpoint.tokenizer_source(told))
     head = affixes(tokenizer)[0]
     tokens = ordinary(tokenizer)
     for length in told.lengths:
         for pairs in told.pairs:
             check(length, pairs, head, tokens)
-    model = lizard_jax.load(told.checkpoint, dtype=told.dtype)
+    model = _checkpoint.load(told)
     result = measure(
         model, head, tokens, lengths=told.lengths, pairs=told.pairs, samples=told.samples or SAMPLES, seed=told.seed,
         batch=told.batch,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lizard_jax.errors import UserError
+from lizard_jax.eval import _checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser, *, lengths: Sequence[int], samples: str, form: bool = True) -> None:
     """The flags that every retrieval evaluation has."""
-    parser.add_argument("checkpoint", metavar="CKPT", help="HF directory or hub id, Flax directory, or stage directory")
+    _checkpoint.add_arguments(parser)
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=list(lengths), metavar="N",
         help=f"tokens of an example in all (default {' '.join(map(str, lengths))})",
@@ -40,9 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser, *, lengths: Sequence[int], sa
     parser.add_argument("--seed", type=int, default=0, help="of the examples (default %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="examples read side by side (default %(default)s)")
     parser.add_argument("--out", metavar="DIR", help="also write result.json and the picture there")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as stored)"
-    )
 
 
 def filler(told: argparse.Namespace) -> Sequence[str] | None:
@@ -75,22 +73,6 @@ def check(told: argparse.Namespace, *more: str) -> None:
     if told.seed < 0:
         raise UserError(f"--seed is {told.seed}, must be at least 0")
     told.lengths = sorted(set(told.lengths))
-
-
-def tokenizer_source(checkpoint: str) -> str:
-    """Where the tokenizer of a checkpoint lies, found without reading its weights.
-
-    Raises:
-        UserError: there is no such checkpoint.
-    """
-    from lizard_jax.convert.files import locate, read_json
-
-    record = Path(checkpoint).expanduser() / "run.json"
-    if record.is_file():
-        from lizard_jax.train.run import teacher_dir
-
-        return str(teacher_dir(read_json(record)["teacher"]["path"]))
-    return str(locate(checkpoint))
 
 
 def fits(vocab_size: int, prompts: Sequence[Sequence[int]]) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lizard_jax.errors import UserError
-from lizard_jax.eval import results, retrieval
+from lizard_jax.eval import _checkpoint, results, retrieval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -210,16 +210,15 @@ def run(told: argparse.Namespace) -> None:
         raise UserError(f"--needles is {told.needles}, must be at most {len(QUALITIES) * len(THINGS) // 2}")
     told.tasks = list(dict.fromkeys(told.tasks))
     place = results.prepare(told.out)
-    tokenizer = load_tokenizer(retrieval.tokenizer_source(told.checkpoint))
+    tokenizer = load_tokenizer(_checkpoint.tokenizer_source(told))
     ruler = Measure(tokenizer, retrieval.filler(told))
     for task in told.tasks:
         # A length that cannot be made is told before anything slow begins.
         example(task, ruler, length=told.lengths[0], seed=told.seed, index=0, needles=told.needles, form=told.form)
 
-    import lizard_jax
     from lizard_jax.generate.prompts import end_tokens
 
-    model = lizard_jax.load(told.checkpoint, dtype=told.dtype)
+    model = _checkpoint.load(told)
     result = measure(
         model, ruler, tasks=told.tasks, lengths=told.lengths, samples=told.samples or SAMPLES, seed=told.seed,
         needles=told.needles, form=told.form, batch=told.batch, eos=end_tokens(model.source, tokenizer),

@@ -53,6 +53,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--save-state", metavar="FILE", help="keep the conversation's state in a small file")
     parser.add_argument("--load-state", metavar="FILE", help="go on from a kept state; --prompt is then optional")
     parser.add_argument(
+        "--teacher", metavar="DIR", help="of a stage directory, where its teacher has moved (default: where it was)"
+    )
+    parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as stored)"
     )
     return parser
@@ -70,7 +73,7 @@ class Session:
         self.sampling = Sampling(**{field.name: getattr(told, field.name) for field in fields(Sampling)})
         if told.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens is {told.max_new_tokens}, must be at least 1")
-        self.model = lizard_jax.load(told.checkpoint, dtype=told.dtype)
+        self.model = lizard_jax.load(told.checkpoint, dtype=told.dtype, teacher=told.teacher)
         self.tokenizer = text_tokenizer(self.model.source)
         self.eos = end_tokens(self.model.source, self.tokenizer)
         self.earlier: Any = None

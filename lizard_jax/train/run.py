@@ -18,13 +18,13 @@ from lizard_jax import sharding
 from lizard_jax.atomic import write_atomic
 from lizard_jax.cli import flatten, from_dict, override
 from lizard_jax.config import ModelConfig, RunConfig, to_dict
-from lizard_jax.convert.files import carry, locate, read_json
+from lizard_jax.convert.files import carry, read_json
 from lizard_jax.convert.hf_config import model_config
 from lizard_jax.convert.load import load_hf
 from lizard_jax.convert.save import save_hf
 from lizard_jax.data.loader import Loader
 from lizard_jax.data.text import load_tokenizer
-from lizard_jax.embedded import teacher_config, teacher_path
+from lizard_jax.embedded import teacher_config
 from lizard_jax.errors import UserError
 from lizard_jax.lora import add_lora
 from lizard_jax.models import Llama
@@ -33,6 +33,7 @@ from lizard_jax.nn.params import NewParam
 from lizard_jax.nn.rope import segment_positions
 from lizard_jax.train import checkpoint, report, stages, start
 from lizard_jax.train.loop import Trainer
+from lizard_jax.train.teacher import find_teacher, fingerprint, teacher_dir, whereabouts
 from pallas_kernels import partition
 
 # A resumed run may differ in these: where it lies, on what, how often it saves, and paths that fingerprints stand for.
@@ -47,39 +48,11 @@ CARRIED = (
 LEAST_BEYOND = 0.1
 """Share of positions beyond the window in their document, below which a run warns."""
 
-_BLOCK, _BLOCKS = 1 << 20, 64
-
 
 def stage_dir(config: RunConfig, stage: int | None = None) -> Path:
     """``OUT/stageK``; OUT defaults to ``runs/RECIPE``."""
     out = Path(config.out).expanduser() if config.out else Path("runs") / config.recipe
     return out / f"stage{config.stage if stage is None else stage}"
-
-
-def teacher_dir(name: str) -> Path:
-    """The directory of the teacher: the embedded one, a directory, or a hub id's snapshot.
-
-    Raises:
-        UserError: there is none.
-    """
-    return teacher_path() if name == "embedded" else locate(name)
-
-
-def fingerprint(directory: Path) -> str:
-    """A hash of a checkpoint: its config, and each weight file's name, size, header and 64 blocks spread over it.
-
-    Files under 64 MiB are hashed whole, so a 16 GB teacher takes a moment and a small one is known exactly.
-    """
-    digest = hashlib.sha256()
-    weights = [*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")]
-    for path in (directory / "config.json", *sorted(weights)):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for index in range(_BLOCKS):
-                file.seek(max(index * _BLOCK, (size - _BLOCK) * index // (_BLOCKS - 1)))
-                digest.update(file.read(_BLOCK))
-    return digest.hexdigest()
 
 
 def continued(config: RunConfig, given: frozenset[str]) -> RunConfig:
@@ -97,8 +70,12 @@ def continued(config: RunConfig, given: frozenset[str]) -> RunConfig:
         return config
     if not checkpoint.has_checkpoint(first / "best"):
         raise UserError(f"{first} holds no stage 1 to continue from; run train.py --stage=1 with the same --out first")
-    before = from_dict(RunConfig, checkpoint.read_json(first / "run.json")["config"])
+    record = checkpoint.read_json(first / "run.json")
+    before = from_dict(RunConfig, record["config"])
     old, new = flatten(before), flatten(config)
+    if "teacher" not in given and old["teacher"] != "embedded":
+        # As typed it may have meant something else than it does from here.
+        old["teacher"] = str(find_teacher(first, record))
     taken = {key: old[key] for key in new if key.startswith(CARRIED)}
     asked = {key: new[key] for key in given if key in taken}
     fixed = [
@@ -176,8 +153,11 @@ def widened(model: Llama, config: RunConfig) -> Llama:
     return model
 
 
-def load_run(directory: str | Path, which: str = "best") -> tuple[Llama, Path]:
+def load_run(directory: str | Path, which: str = "best", *, teacher: str | Path | None = None) -> tuple[Llama, Path]:
     """The model of a stage directory's ``best`` or ``latest`` checkpoint, and the teacher's directory.
+
+    Args:
+        teacher: where the teacher lies now, if not where it was.
 
     Raises:
         UserError: not a stage directory, no such checkpoint, or the teacher it belongs to is gone or has changed.
@@ -185,9 +165,7 @@ def load_run(directory: str | Path, which: str = "best") -> tuple[Llama, Path]:
     place = Path(directory).expanduser()
     record = checkpoint.read_json(place / "run.json")
     config = from_dict(RunConfig, record["config"])
-    source = teacher_dir(record["teacher"]["path"])
-    if config.stage > 0 and fingerprint(source) != record["teacher"]["fingerprint"]:
-        raise UserError(f"the teacher in {source} is not the one {place} was trained with; put that one back")
+    source = find_teacher(place, record, None if teacher is None else str(teacher))
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     if config.stage == 0:
@@ -311,7 +289,7 @@ def _record(config: RunConfig, source: Path) -> dict[str, Any]:
     mark = hashlib.sha256(repr(shape).encode()).hexdigest() if config.stage == 0 else fingerprint(source)
     return {
         "config": to_dict(config),
-        "teacher": {"path": config.teacher if config.teacher == "embedded" else str(source), "fingerprint": mark},
+        "teacher": whereabouts(config.teacher, stage_dir(config)) | {"fingerprint": mark},
         "model": to_dict(shape),
         "versions": report.versions(),
     }

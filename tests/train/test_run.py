@@ -1,6 +1,7 @@
 """``train.py`` from command line to report, on a minute random teacher."""
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -157,6 +158,62 @@ def test_load_run_refuses_a_teacher_that_changed(first, tmp_path):
         load_run(place)
     with pytest.raises(UserError, match=r"run\.json is missing"):
         load_run(tmp_path)
+
+
+def test_a_run_is_found_from_anywhere_and_its_teacher_where_it_moved(line, teacher, tmp_path, monkeypatch, capsys):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    shutil.copytree(teacher, here / "teacher")
+    monkeypatch.chdir(here)
+    short = [*line, "--teacher", "teacher", "--steps", "1", "--out", "run"]
+    assert train.main(["--stage=1", *short]) == 0
+    monkeypatch.chdir("/")
+    source = load_run(here / "run" / "stage1")[1]
+    assert source.samefile(here / "teacher")
+    # Both move: the way between them still leads there. Then the teacher alone, and has to be named.
+    here.rename(there)
+    assert load_run(there / "run" / "stage1")[1].samefile(there / "teacher")
+    (there / "teacher").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"was trained with is not at .*; name it with --teacher"):
+        load_run(there / "run" / "stage1")
+    for command in (
+        ["lizard_jax.generate", str(there / "run" / "stage1"), "--prompt", "a", "--max-new-tokens", "2"],
+        [
+            "lizard_jax.eval",
+            "recall",
+            str(there / "run" / "stage1"),
+            "--pairs",
+            "2",
+            "--lengths",
+            "32",
+            "--samples",
+            "1",
+        ],
+        ["lizard_jax.convert", "flax2hf", str(there / "run" / "stage1"), str(tmp_path / "hf")],
+    ):
+        main = importlib.import_module(f"{command[0]}.__main__").main
+        given = [*command[1:], "--teacher", str(tmp_path / "elsewhere")]
+        if command[0] == "lizard_jax.convert":
+            monkeypatch.setattr("sys.argv", ["convert.py", *given])
+            assert main() == 0
+        else:
+            assert main(given) == 0
+    with pytest.raises(UserError, match="is not the one"):
+        load_run(there / "run" / "stage1", teacher=teacher_path())
+    # Stage 2 goes on from another directory too.
+    argv = ["--stage=2", "--out", str(there / "run"), "--sequence-length", "32", "--batch-size", "8", "--steps", "1"]
+    capsys.readouterr()
+    _refused(capsys, argv, "name it with --teacher")
+    assert train.main([*argv, "--held-out-tokens", "256", "--teacher", str(tmp_path / "elsewhere")]) == 0
+
+
+def test_nothing_scored_is_no_perfect_result(line, tmp_path, capsys):
+    file = tmp_path / "chat.jsonl"
+    record = {"instruction": "say " + "much " * 200, "input": "", "output": "a"}
+    file.write_text("\n".join([json.dumps(record)] * 50))
+    argv = ["--stage=1", *line, "--out", str(tmp_path / "out"), "--data", str(file), "--answer-only"]
+    _refused(capsys, [*argv, "--held-out-tokens", "64"], "keeps for validation is scored, so nothing could be measured")
+    assert not (tmp_path / "out").exists()
 
 
 def test_stage_0_exports_a_teacher(line, tmp_path):

@@ -1,0 +1,43 @@
+"""What every evaluation asks about the model it measures, and how it is loaded."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``CKPT``, ``--teacher`` and ``--dtype``."""
+    parser.add_argument("checkpoint", metavar="CKPT", help="HF directory or hub id, Flax directory, or stage directory")
+    parser.add_argument(
+        "--teacher", metavar="DIR", help="of a stage directory, where its teacher has moved (default: where it was)"
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as stored)"
+    )
+
+
+def load(told: argparse.Namespace) -> Any:
+    """The model.
+
+    Raises:
+        UserError: there is none, or it is damaged or not supported.
+    """
+    import lizard_jax
+
+    return lizard_jax.load(told.checkpoint, dtype=told.dtype, teacher=told.teacher)
+
+
+def tokenizer_source(told: argparse.Namespace) -> str:
+    """Where the checkpoint's tokenizer lies, found without reading its weights.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    from lizard_jax.convert.files import locate, read_json
+
+    place = Path(told.checkpoint).expanduser()
+    if (place / "run.json").is_file():
+        from lizard_jax.train.teacher import find_teacher
+
+        return str(find_teacher(place, read_json(place / "run.json"), told.teacher))
+    return str(locate(told.checkpoint))
