@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 import jax
 
+GPUS = ("sm_80", "sm_90", "sm_100", "sm_103")
+"""Whose shared memory the GPU kernels' tiles are sized for; others of their generations have less."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -25,6 +28,13 @@ class Target:
     chip: str | None = None
     interpret: bool = False
     processors: int | None = None
+
+
+def unfit_gpu(place: Target) -> str | None:
+    """Why the GPU kernels' tiles do not fit a chip, in one line; None where they do, or where it is not known."""
+    if place.interpret or place.platform != "gpu" or place.chip is None or place.chip in GPUS:
+        return None
+    return f"its tiles are for {', '.join(GPUS)}; this is {place.chip}"
 
 
 _override: contextvars.ContextVar[Target | None] = contextvars.ContextVar("kernel_target", default=None)

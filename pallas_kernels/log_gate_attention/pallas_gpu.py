@@ -803,6 +803,8 @@ def cannot_run(problem: Problem, place: target.Target) -> str | None:
     """Why these kernels cannot compute a problem on a target, in one line; None where they can."""
     if not place.interpret and place.platform != "gpu":
         return f"pallas_gpu runs on GPUs; this process has {place.platform}"
+    if (unfit := target.unfit_gpu(place)) is not None:
+        return f"pallas_gpu: {unfit}"
     if problem.vector_gates:
         return "gates are of one value per feature; pallas_gpu needs one per head"
     if problem.dtype not in (jnp.bfloat16, jnp.float32):

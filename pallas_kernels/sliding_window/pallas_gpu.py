@@ -312,6 +312,8 @@ def cannot_run(problem: Problem, place: target.Target) -> str | None:
     """Why these kernels cannot compute a problem on a target, in one line; None where they can."""
     if not place.interpret and place.platform != "gpu":
         return f"pallas_gpu runs on GPUs; this process has {place.platform}"
+    if (unfit := target.unfit_gpu(place)) is not None:
+        return f"pallas_gpu: {unfit}"
     if problem.dtype not in (jnp.bfloat16, jnp.float32):
         return f"inputs are {jnp.dtype(problem.dtype).name}; pallas_gpu takes bfloat16 and float32"
     if problem.H % 16 or problem.H > WIDEST:

@@ -1,6 +1,7 @@
 """One suite for every implementation of ``log_gate_attention``; ``parity`` measures, this holds them to it."""
 
 import functools
+import importlib.util
 import zlib
 
 import jax
@@ -368,3 +369,22 @@ def test_bad_input_is_told_in_one_line():
         mapped_log_gate_attention(q, k, v, g, q_map=jnp.zeros((4, 8, 4)), k_map=jnp.zeros((2, 8, 4)), act="relu")
     with pytest.raises(ValueError, match="q_map has shape"):
         mapped_log_gate_attention(q, k, v, g, q_map=jnp.zeros((2, 8, 4)), k_map=jnp.zeros((2, 8, 4)), act="exp")
+
+
+@pytest.mark.parametrize("chip", ["sm_86", "sm_89", "sm_120"])
+def test_gpus_of_less_shared_memory_are_left_to_xla(chip):
+    """Tiles for an A100 or an H100 would not fit them; each kernel says so, and none is chosen."""
+    from pallas_kernels.log_gate_attention import dispatch
+    from pallas_kernels.log_gate_attention.problem import Problem
+    from pallas_kernels.sliding_window import dispatch as window_dispatch
+    from pallas_kernels.sliding_window.problem import Problem as WindowProblem
+
+    attention = Problem(2, 2048, 32, 8, 8, 128, 128, jnp.dtype("bfloat16"), act="exp", width=128)
+    window = WindowProblem(2, 2048, 32, 8, 128, 128, jnp.dtype("bfloat16"), True)
+    here = target.Target("gpu", chip)
+    for op, problem in ((dispatch, attention), (window_dispatch, window)):
+        with target.override(here):
+            assert op.choose(problem, None) is op.load("xla")
+        for name in ("triton", "pallas_gpu"):
+            if importlib.util.find_spec("jax_triton") is not None or name == "pallas_gpu":
+                assert op.load(name).cannot_run(problem, here).endswith(f"sm_103; this is {chip}")

@@ -10,8 +10,8 @@ import pytest
 from pallas_kernels.sliding_window import sliding_window
 from pallas_kernels.sliding_window.dispatch import load
 from pallas_kernels.sliding_window.problem import Problem
-from pallas_kernels.sliding_window.triton.attend import CHIPS, MOST_GROUPED, tiles_of
-from pallas_kernels.target import Target
+from pallas_kernels.sliding_window.triton.attend import MOST_GROUPED, tiles_of
+from pallas_kernels.target import GPUS, Target
 from tests.kernels import parity
 
 needs_triton = pytest.mark.skipif(
@@ -60,7 +60,7 @@ def test_a_key_head_of_many_query_heads():
 @needs_triton
 def test_it_says_what_it_cannot_run():
     cannot_run = load("triton").cannot_run
-    for chip in (*CHIPS, None):
+    for chip in (*GPUS, None):
         assert cannot_run(problem(), Target("gpu", chip)) is None
     assert "this is sm_86" in cannot_run(problem(), Target("gpu", "sm_86"))
     assert "this process has tpu" in cannot_run(problem(), Target("tpu", "v5e"))

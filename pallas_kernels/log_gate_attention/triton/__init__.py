@@ -10,13 +10,15 @@ from pallas_kernels.log_gate_attention.problem import Implementation, Problem
 from pallas_kernels.log_gate_attention.triton.attend import attend
 from pallas_kernels.log_gate_attention.triton.attend_mapped import attend_mapped
 from pallas_kernels.log_gate_attention.triton.plan import is_ampere
-from pallas_kernels.target import Target
+from pallas_kernels.target import Target, unfit_gpu
 
 
 def cannot_run(problem: Problem, target: Target) -> str | None:
     """Why a problem cannot run here, in one line; None where it can."""
     if target.platform != "gpu" and not target.interpret:
         return f"triton runs on GPUs; this process has {target.platform}"
+    if (unfit := unfit_gpu(target)) is not None:
+        return f"triton: {unfit}"
     if importlib.util.find_spec("triton") is None or importlib.util.find_spec("jax_triton") is None:
         return "triton needs the packages triton and jax-triton"
     if problem.vector_gates:

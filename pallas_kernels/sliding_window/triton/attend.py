@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import triton_launch, tuned
 from pallas_kernels.sliding_window.problem import ABSENT, Implementation, Problem, differentiable
 from pallas_kernels.sliding_window.rope import tables
-from pallas_kernels.target import Target, current
+from pallas_kernels.target import Target, current, unfit_gpu
 
 if TYPE_CHECKING:
     from jax import Array
@@ -47,9 +47,6 @@ class Tiles:
 
 MOST_GROUPED = 64
 """Query heads of one key head; a tile holds those of a token at least."""
-
-CHIPS = ("sm_80", "sm_90", "sm_100", "sm_103")
-"""Whose shared memory the tiles are sized for; others of their generations have less."""
 
 # By bytes of an operand and the power of two that holds a head: what neither spills registers on sm_80 and sm_90 nor
 # exceeds their shared memory, with few enough keys that the band's two ragged ends cost little.
@@ -192,8 +189,8 @@ def _backward(
 def _cannot_run(problem: Problem, target: Target) -> str | None:
     if not target.interpret and target.platform != "gpu":
         return f"triton runs on NVIDIA GPUs; this process has {target.platform}"
-    if not target.interpret and target.chip is not None and target.chip not in CHIPS:
-        return f"triton's tiles are for {', '.join(CHIPS)}; this is {target.chip}"
+    if (unfit := unfit_gpu(target)) is not None:
+        return f"triton: {unfit}"
     if missing := [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]:
         return f"triton needs {' and '.join(missing)}, which this environment lacks"
     if problem.dtype not in (jnp.bfloat16, jnp.float32):
