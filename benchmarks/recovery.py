@@ -4,9 +4,10 @@
     uv run benchmarks/recovery.py --teacher runs/smollm2 --train books.txt alpaca.json --score wikitext.txt
     uv run --extra eval benchmarks/recovery.py … --hellaswag hellaswag.txt.bz2 --book books.txt --lengths 1024 2048 4096
 
-Rows are students of the teacher: ours, and windows with the same real first tokens, as wide and as wide as our state's
-bytes would buy. Each is scored before training, after stage 1 and after stage 2, all with one budget, one order of the
-same data and one pair of learning rates. Loss is by position (the number of tokens before a prediction), in articles or
+Rows are students of the teacher: ours; the same bytes with a quarter of the features and the window that this pays for;
+and windows alone with the same real first tokens, as wide and as wide as our state's bytes would buy. Each is scored
+before training, after stage 1 and after stage 2, all with one budget, one order of the same data and one pair of
+learning rates. Loss is by position (the number of tokens before a prediction), in articles or
 books of ``--score`` of which nothing was trained on: of each, its first tokens, as many as the longest extent takes.
 ``±`` is the standard error of the mean difference from the teacher in the last bucket, paired by text.
 
@@ -77,10 +78,17 @@ def students(window: int, teacher: Path) -> dict[str, LizardConfig]:
     ours = dataclasses.replace(preset("lizard"), window=window)
     shape = model_config(read_json(teacher / "config.json"))
     half = ours.feature_half or shape.head_dim
-    # A state head's F (H + 1) fp32 numbers, in tokens of one key head's k and v in bf16.
-    wider = window + 2 * half * (shape.head_dim + 1) * 4 // (2 * shape.head_dim * 2)
+
+    def worth(half: int) -> int:
+        """A state head's F (H + 1) fp32 numbers, in tokens of one key head's k and v in bf16."""
+        return 2 * half * (shape.head_dim + 1) * 4 // (2 * shape.head_dim * 2)
+
+    wider, quarter = window + worth(half), half // 4
     return {
         "lizard": ours,
+        "lizard, a quarter of the features": dataclasses.replace(
+            ours, feature_half=quarter, window=wider - worth(quarter)
+        ),
         "window": dataclasses.replace(ours, memory="none"),
         "window, equal bytes": dataclasses.replace(ours, memory="none", window=wider),
     }

@@ -188,6 +188,7 @@ class DataConfig:
     held_out_tokens: int = option(131072, "at most this many tokens are scored at each validation")
     answer_only: bool = option(False, "score answers only, not prompts (Alpaca and chat records)")
     segment_mask: bool = option(True, "keep attention inside each document of a packed sequence")
+    date: str = option("", "date that chat templates are told, as 2026-11-25; empty: the day the run began")
     seed: int = option(0, "seed of the data order")
 
 

@@ -13,7 +13,7 @@ from lizard_jax.config import DataConfig, LizardConfig
 from lizard_jax.convert.hf_config import model_config
 from lizard_jax.convert.load import load_hf
 from lizard_jax.data.records import documents
-from lizard_jax.data.text import Document, load_tokenizer, tokenize
+from lizard_jax.data.text import Document, affixes, load_tokenizer, tokenize
 from lizard_jax.errors import UserError
 from lizard_jax.generate.__main__ import main
 from tests.scripted import END, scripted
@@ -243,6 +243,82 @@ def test_an_answer_the_template_marks_is_one_span(tmp_path):
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "yz" * 50}] * 2
     document = chat(tokenizer, tmp_path, turns, answer_only=True)
     assert [document.text[a:b] for a, b in document.answers] == ["yz" * 50 + "<|im_end|>"] * 2
+
+
+QWEN3 = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+    "{% if loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
+
+
+def test_answers_of_a_template_that_renders_the_last_turn_otherwise(tmp_path):
+    tokenizer = load_tokenizer(scripted(tmp_path / "model"))
+    tokenizer.chat_template = QWEN3
+    turns = [
+        {"role": "user", "content": "one"}, {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "two"}, {"role": "assistant", "content": None, "tool_calls": CALL},
+        {"role": "tool", "content": "seen"}, {"role": "assistant", "content": "done"},
+    ]  # fmt: skip
+    document = chat(tokenizer, tmp_path, turns, answer_only=True)
+    assert [document.text[a:b] for a, b in document.answers] == [
+        "yes<|im_end|>", "<tool_call>look</tool_call><|im_end|>", "<think>\n\n</think>\n\ndone<|im_end|>",
+    ]  # fmt: skip
+
+
+def test_a_first_answer_is_not_looked_for_in_the_system_prompt(tmp_path):
+    tokenizer = load_tokenizer(scripted(tmp_path / "model"))
+    tokenizer.chat_template = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + tokenizer.chat_template
+    turns = [{"role": "assistant", "content": "You"}, {"role": "user", "content": "hm"}]
+    document = chat(tokenizer, tmp_path, turns, answer_only=True)
+    assert [document.text[a:b] for a, b in document.answers] == ["You<|im_end|>"]
+    assert document.answers[0][0] > document.text.index("assistant.")
+
+
+@pytest.mark.parametrize("given", [[{"name": "look"}], json.dumps([{"name": "look"}])])
+def test_tools_reach_the_template(tmp_path, given):
+    tokenizer = load_tokenizer(scripted(tmp_path / "model"))
+    tokenizer.chat_template = "{% for t in tools or [] %}tool {{ t.name }}\n{% endfor %}" + tokenizer.chat_template
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "x"}], "tools": given}))
+    text = next(documents(DataConfig(path=str(file)), tokenizer)).text
+    assert text.startswith("tool look\n<|im_start|>user")
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "x"}], "tools": "{"}))
+    with pytest.raises(UserError, match="'tools' is neither a list nor JSON of one"):
+        next(documents(DataConfig(path=str(file)), tokenizer))
+
+
+def test_a_template_that_asks_for_the_date_is_told_the_runs(tmp_path):
+    tokenizer = load_tokenizer(scripted(tmp_path / "model"))
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: " + tokenizer.chat_template
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    for options in ({}, {"answer_only": True}):
+        text = chat(tokenizer, tmp_path, turns, date="2024-02-29", **options).text
+        assert text.startswith("29 Feb 2024: <|im_start|>")
+
+
+def test_a_tokenizer_that_has_no_letter_a():
+    from tokenizers import Tokenizer, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "z": 1, "?": 2}, unk_token="?"))
+    backend.add_special_tokens(["<s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    assert affixes(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")) == ([0], [])
+    bare = Tokenizer(models.BPE({"z": 0}, []))
+    bare.add_special_tokens(["<s>"])
+    bare.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert affixes(PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>")) == ([1], [])
+
+
+def test_a_tokenizer_model_alone_is_told_what_to_do(tmp_path):
+    place = scripted(tmp_path / "model")
+    (place / "tokenizer.json").rename(place / "tokenizer.model")
+    with pytest.raises(UserError, match=r"has tokenizer.model but no tokenizer.json, which is what is read here"):
+        load_tokenizer(place)
 
 
 def test_what_lies_beside_data_is_not_data(tmp_path):

@@ -34,7 +34,8 @@ def test_rows_before_training(call, tmp_path, capsys):
     table = json.loads((tmp_path / "table.json").read_text())
     rows = table["rows"]
     assert list(rows) == [
-        "teacher", "lizard, no training", "window, no training", "window, equal bytes, no training",
+        "teacher", "lizard, no training", "lizard, a quarter of the features, no training", "window, no training",
+        "window, equal bytes, no training",
     ]  # fmt: skip
     last = {name: row["scores"]["256"]["losses"][-1] for name, row in rows.items()}
     assert last["teacher"] < last["lizard, no training"] <= last["window, no training"]
@@ -43,6 +44,7 @@ def test_rows_before_training(call, tmp_path, capsys):
     assert max(first) - min(first) < 0.1
     ours, wide = (rows[f"{name}, no training"]["bytes"] for name in ("lizard", "window, equal bytes"))
     assert abs(ours / wide - 1) < 0.02
+    assert abs(rows["lizard, a quarter of the features, no training"]["bytes"] / ours - 1) < 0.02
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
     assert "| lizard, no training |" in (tmp_path / "table.md").read_text()
     # The last document of a plain text is never trained on.

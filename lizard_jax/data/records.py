@@ -63,7 +63,7 @@ def documents(config: DataConfig, tokenizer: Any) -> Iterator[Document]:
         elif kind == "alpaca":
             yield alpaca_document(row, where)
         else:
-            yield chat_document(row, where, tokenizer, answers=config.answer_only)
+            yield chat_document(row, where, tokenizer, answers=config.answer_only, date=config.date)
 
 
 def alpaca_document(row: Any, where: str) -> Document:

@@ -65,9 +65,16 @@ def load_tokenizer(path: str | Path) -> Any:
     if not local.is_dir() and (local.is_absolute() or local.exists()):
         raise UserError(f"no tokenizer at {path}: it is not a directory")
     name = str(local if local.is_dir() else path)
+    if local.is_dir() and (local / "tokenizer.model").is_file() and not (local / "tokenizer.json").is_file():
+        raise UserError(
+            f"{path} has tokenizer.model but no tokenizer.json, which is what is read here; take tokenizer.json from "
+            "the same model's repository, or convert it once where sentencepiece is installed: "
+            "LlamaTokenizerFast.from_pretrained(DIR, from_slow=True).save_pretrained(DIR)"
+        )
     try:
         if local.is_dir() and not (local / "tokenizer.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            # A repository's own code is never run, whatever it answers for itself.
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         else:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
     # transformers and tokenizers raise whatever the damaged file made them trip over.
@@ -96,12 +103,25 @@ def check_unicode(text: str, what: str) -> None:
 
 def affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The token ids ``tokenizer`` puts in front of a text, and those it appends."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
+    for probe in _probes(tokenizer):
+        bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        if bare:
+            break
+    else:
+        return [], []
+    full = tokenizer(probe)["input_ids"]
     for i in range(len(full) - len(bare) + 1):
         if full[i : i + len(bare)] == bare:
             return full[:i], full[i + len(bare) :]
     return [], []
+
+
+def _probes(tokenizer: Any) -> Iterator[str]:
+    """Texts, one of which any tokenizer should have a token for."""
+    yield "a"
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    for token in islice((token for token in range(len(tokenizer)) if token not in special), 256):
+        yield tokenizer.decode([token])
 
 
 def tokenize(

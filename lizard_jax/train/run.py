@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,12 @@ from lizard_jax.train.teacher import find_teacher, fingerprint, teacher_dir, whe
 from pallas_kernels import partition
 
 # A resumed run may differ in these: where it lies, on what, how often it saves, and paths that fingerprints stand for.
-MAY_CHANGE = ("out", "mesh.", "validate_every", "save_every", "teacher", "data.path")
+MAY_CHANGE = ("out", "mesh.", "validate_every", "save_every", "teacher", "data.path", "data.date")
 
 # What stage 2 takes over from stage 1, unless the command line says otherwise: what it adapts, and the text.
 CARRIED = (
     "teacher", "preset", "attention", "data.path", "data.format", "data.separator", "data.split", "data.text_column",
-    "data.held_out", "data.segment_mask",
+    "data.held_out", "data.segment_mask", "data.date",
 )  # fmt: skip
 
 LEAST_BEYOND = 0.1
@@ -87,6 +88,16 @@ def continued(config: RunConfig, given: frozenset[str]) -> RunConfig:
     return override(config, {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
 
 
+def dated(config: RunConfig, place: Path) -> RunConfig:
+    """The settings with the date that chat templates are told: as given, or the day the run began."""
+    if config.data.date:
+        return config
+    began = None
+    if (place / "run.json").is_file():
+        began = checkpoint.read_json(place / "run.json")["config"]["data"].get("date")
+    return override(config, {"data.date": began or date.today().isoformat()})
+
+
 def check(config: RunConfig) -> None:
     """Refuse what cannot work before anything is loaded.
 
@@ -112,6 +123,10 @@ def check(config: RunConfig) -> None:
     ):
         if not good:
             raise UserError(f"{name} {value} is out of range; see train.py --help")
+    try:
+        date.fromisoformat(data.date or "2000-01-01")
+    except ValueError:
+        raise UserError(f"date {data.date!r} is no day as 2026-11-25") from None
     if config.stage > 0 and data.sequence_length < config.attention.window:
         raise UserError(
             f"sequence length {data.sequence_length} is shorter than the window {config.attention.window}; "
@@ -204,6 +219,7 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
     sharding.check_batch(config.data.batch_size, mesh)
     place = stage_dir(config)
     source = teacher_dir(config.teacher)
+    config = dated(config, place)
     record = _record(config, source)
     if config.stage == 2 and config.attention.adds_modules:
         first = checkpoint.read_json(stage_dir(config, 1) / "run.json")

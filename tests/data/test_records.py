@@ -106,8 +106,8 @@ def test_a_template_that_rewrites_earlier_turns(tmp_path):
     assert answers(document, tokenizer) == ["yo<turn>", "so#fine<turn>"]
     chat["messages"][1]["content"] = "well#yo"
     path = write(tmp_path / "chat.jsonl", json.dumps(chat))
-    with pytest.raises(UserError, match=r"line 1: the template renders message 2 so that its answer cannot be found"):
-        read(path, tokenizer, answer_only=True)
+    (document,) = read(path, tokenizer, answer_only=True)
+    assert answers(document, tokenizer) == ["yo<turn>", "so#fine<turn>"]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".txt", ""])
