@@ -6,14 +6,18 @@ command line's on top.
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import importlib.util
+import math
 import pkgutil
 import sys
 import types
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from lizard_jax.config import LizardConfig, RunConfig, preset, to_dict
 from lizard_jax.errors import UserError
@@ -139,9 +143,26 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
     for name, value in values.items():
         inner = _dataclass_of(hints[name])
         if inner is not None and value is not None:
+            if not isinstance(value, dict):
+                raise UserError(f"{kind.__name__} has {name}={str(value)[:40]}, which must be an object")
             value = from_dict(inner, value)
         out[name] = tuple(value) if isinstance(value, list) else value
+        if inner is None:
+            _check_type(kind, name, hints[name], out[name])
     return kind(**out)
+
+
+def _check_type(kind: type, name: str, hint: Any, value: Any) -> None:
+    try:
+        _adapter(hint).validate_python(value, strict=True)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].lower()
+        raise UserError(f"{kind.__name__} has {name}={str(value)[:40]}: {reason}") from None
+
+
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -221,7 +242,7 @@ def _number(text: str) -> int:
         return int(text)
     except ValueError:
         value = float(text)
-    if value != int(value):
+    if not math.isfinite(value) or value != int(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(value)
 

@@ -82,10 +82,10 @@ class LizardConfig:
                     f"attention {name}={getattr(self, name)!r} is unknown; choose from {', '.join(allowed)}"
                 )
         for name in ("window", "chunk", "meta_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"attention {name}={getattr(self, name)} must be at least 1")
-        if self.feature_half < 0:
-            raise UserError(f"attention feature_half={self.feature_half} must be 0 (the head width) or positive")
+            if not 1 <= getattr(self, name) <= 2**24:
+                raise UserError(f"attention {name}={getattr(self, name)} must be at least 1 and at most {2**24}")
+        if not 0 <= self.feature_half <= 2**14:
+            raise UserError(f"attention feature_half={self.feature_half} must be 0 (the head width) or 1 to {2**14}")
         if not math.isfinite(self.beta_start):
             raise UserError(f"attention beta_start={self.beta_start} must be a finite number")
         if self.memory == "all" and self.combine == "joint":

@@ -16,6 +16,7 @@ from lizard_jax.data.records import documents
 from lizard_jax.data.text import Document, affixes, load_tokenizer, tokenize
 from lizard_jax.errors import UserError
 from lizard_jax.generate.__main__ import main
+from lizard_jax.lora import merged_kernel
 from tests.scripted import END, scripted
 
 
@@ -88,8 +89,11 @@ def test_no_text_is_made_of_logits_that_are_not_finite(tmp_path, where, capsys):
     told = capsys.readouterr().err
     named = {"lm_head.weight": "lm_head/kernel", "model.layers.0.mlp.up_proj.weight": "layers/0/mlp/up_proj/kernel"}
     assert f"its parameter {named[where]} holds NaN or infinity" in told
-    # A setting that breaks it, with sound parameters.
-    sound = changed(scripted(tmp_path / "sound"), "config.json", rms_norm_eps=-1.0)
+    # Parameters that are finite each, and overflow together.
+    sound = scripted(tmp_path / "sound")
+    tensors = load_file(sound / "model.safetensors")
+    tensors["lm_head.weight"] *= 3e38
+    save_file(tensors, sound / "model.safetensors")
     assert main([str(sound), "--prompt", "a", "--max-new-tokens", "4"]) == 2
     assert "not finite, though its parameters are" in capsys.readouterr().err
 
@@ -187,6 +191,60 @@ def test_settings_of_other_decoders_are_refused(tmp_path, setting, value):
         load_hf(place)
     scripted(tmp_path / "neutral", final_logit_softcapping=None, logits_scaling=1.0, num_experts=0)
     load_hf(tmp_path / "neutral")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("rms_norm_eps", -1.0, "rms_norm_eps=-1.0: input should be greater than 0"),
+        ("tie_word_embeddings", "false", "tie_word_embeddings=false: input should be a valid boolean"),
+        ("hidden_size", "264", "hidden_size=264: input should be a valid integer"),
+        ("num_hidden_layers", 10**9, "num_hidden_layers=1000000000: input should be less than or equal to 10000"),
+        ("rope_scaling", [1], "rope_scaling=[1]: input should be a valid dictionary"),
+    ],
+)
+def test_config_json_is_not_believed_as_typed(tmp_path, setting, value, words):
+    place = scripted(tmp_path / "model", **{setting: value})
+    with pytest.raises(UserError) as told:
+        load_hf(place)
+    assert f"config.json has {words}" in str(told.value)
+
+
+PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern={'q_proj': 2}"),
+        ({"target_modules": ".*_proj"}, "target_modules='.*_proj', a pattern"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
+        ({"use_dora": True, "layers_to_transform": [0]}, "use_dora=True; layers_to_transform=[0]"),
+        ({"r": 0}, "is no LoRA configuration: r is missing or no such value"),
+        ({"lora_alpha": "8"}, "is no LoRA configuration: lora_alpha is missing"),
+    ],
+)
+def test_an_adapter_that_is_more_than_lora_is_refused(tmp_path, setting, words):
+    place = scripted(tmp_path / "model")
+    (place / "adapter").mkdir()
+    (place / "adapter" / "adapter_config.json").write_text(json.dumps(PLAIN | setting))
+    with pytest.raises(UserError) as told:
+        load_hf(place)
+    assert words in str(told.value)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
+    place = scripted(tmp_path / "model")
+    (place / "adapter").mkdir()
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(4, 264)).astype(np.float32), rng.normal(size=(264, 4)).astype(np.float32)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file({name.format("A"): a, name.format("B"): b}, place / "adapter" / "adapter_model.safetensors")
+    (place / "adapter" / "adapter_config.json").write_text(json.dumps(PLAIN | {"use_rslora": True}))
+    projection = load_hf(place).layers[0].attention.q_proj
+    np.testing.assert_allclose(merged_kernel(projection), (8 / 4**0.5 * b @ a).T, rtol=1e-5, atol=1e-5)
 
 
 def test_a_missing_prefix_is_not_a_list_of_every_tensor(tmp_path):

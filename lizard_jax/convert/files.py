@@ -71,10 +71,14 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or holds none.
     """
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file} is no regular file")
     try:
-        out = json.loads(file.read_text(encoding="utf-8"))
+        out = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(f"{file.parent} is not a checkpoint: it has no {file.name}") from error
+    except RecursionError:
+        raise UserError(f"{file} cannot be read as JSON: it is nested too deep") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(out, dict):

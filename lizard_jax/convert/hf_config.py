@@ -1,11 +1,17 @@
 """An HF ``config.json`` as a ``ModelConfig`` and back, and its ``lizard`` section as a ``LizardConfig`` and back."""
 
 import dataclasses
-from typing import Any, cast
+import math
+from typing import Annotated, Any, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lizard_jax.config import LizardConfig, ModelConfig, RopeConfig, to_dict
 from lizard_jax.errors import UserError
 from lizard_jax.nn.layers import activation
+
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -66,21 +72,23 @@ def model_config(raw: dict[str, Any], *, attention: LizardConfig | None = None) 
             is missing or does not divide.
     """
     kind = raw.get("model_type")
-    named = (raw.get("architectures") or [ARCHITECTURES.get(str(kind))])[0]
-    if kind not in ARCHITECTURES or named != ARCHITECTURES[kind]:
+    listed = raw.get("architectures")
+    named = listed[0] if isinstance(listed, list) and listed else listed or ARCHITECTURES.get(str(kind))
+    if not isinstance(kind, str) or kind not in ARCHITECTURES or named != ARCHITECTURES[kind]:
         raise UserError(
             f"architecture {named or kind!r} (model_type {kind!r}) is not supported; "
             f"supported are {', '.join(ARCHITECTURES.values())}"
         )
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown method")
+    if quantized := raw.get("quantization_config"):
+        method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else quantized
         raise UserError(f"the checkpoint is quantized ({method}); convert it to bfloat16 or float32 first")
-    missing = [key for key in SIZES if not isinstance(raw.get(key), int)]
+    missing = [key for key in SIZES if raw.get(key) is None]
     if missing:
         raise UserError(f"config.json lacks {', '.join(missing)}")
     changing = [f"{key}={raw[key]}" for key, neutral in NEUTRAL.items() if raw.get(key) not in (None, False, *neutral)]
     if changing:
         raise UserError(f"config.json has {', '.join(changing)}, which no {kind} decoder of transformers computes")
+    _check_types(raw)
     full = DEFAULTS[kind] | raw
     heads, width, layers = full["num_attention_heads"], full["hidden_size"], full["num_hidden_layers"]
     kv_heads = full["num_key_value_heads"] or heads
@@ -128,11 +136,53 @@ def model_config(raw: dict[str, Any], *, attention: LizardConfig | None = None) 
     )
 
 
+class _Types(BaseModel):
+    """What the entries of a ``config.json`` that are read here must be; any other entry may be anything."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)]
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    max_position_embeddings: Size | None = None
+    original_max_position_embeddings: Size | None = None
+    rms_norm_eps: Annotated[float, Field(gt=0, lt=1)] | None = None
+    hidden_act: str = "silu"
+    tie_word_embeddings: bool | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    sliding_window: Size | None = None
+    use_sliding_window: bool | None = None
+    max_window_layers: Annotated[int, Field(ge=0)] | None = None
+    layer_types: list[str] | None = None
+    rope_theta: Positive | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    lizard: dict[str, Any] | None = None
+
+
+def _check_types(raw: dict[str, Any]) -> None:
+    """Refuses entries of another type or range than they can have.
+
+    Raises:
+        UserError: there is one; the first is named.
+    """
+    try:
+        _Types.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"][:1])
+        raise UserError(f"config.json has {place}={str(raw.get(place))[:40]}: {first['msg'].lower()}") from None
+
+
 def _rope(raw: dict[str, Any], max_positions: int) -> RopeConfig:
     # As transformers chooses: what somebody added as rope_scaling takes the place of rope_parameters.
     told = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     kind = told.get("rope_type") or told.get("type") or "default"
-    if kind not in ROPE_KINDS or any(isinstance(value, dict) for value in told.values()):
+    if not isinstance(kind, str) or kind not in ROPE_KINDS or any(isinstance(value, dict) for value in told.values()):
         raise UserError(f"rope type {kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
     partial = told.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
@@ -141,6 +191,10 @@ def _rope(raw: dict[str, Any], max_positions: int) -> RopeConfig:
     missing = [key for key in needed.get(kind, []) if not isinstance(told.get(key), int | float)]
     if missing:
         raise UserError(f"rope type {kind!r} lacks {', '.join(missing)} in config.json")
+    numbers = ("factor", "rope_theta", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    odd = [f"{key}={told[key]!r}" for key in numbers if told.get(key) is not None and not _is_positive(told[key])]
+    if odd:
+        raise UserError(f"config.json has {', '.join(odd)} for RoPE; a positive number is needed")
     rope = RopeConfig(theta=float(told.get("rope_theta") or raw.get("rope_theta") or 10000.0), kind=kind)
     if kind == "default":
         return rope
@@ -157,6 +211,10 @@ def _rope(raw: dict[str, Any], max_positions: int) -> RopeConfig:
             original_max_positions=int(original or max_positions),
         )
     return rope
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
 def hf_dict(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lizard_jax.convert import table
 from lizard_jax.convert.files import read_json
@@ -35,9 +36,33 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not is_flax_dir(directory):
         raise UserError(f"{directory} is no Flax directory: it has no {MANIFEST}; convert.py hf2flax makes one")
     manifest = read_json(directory / MANIFEST)
-    if manifest.get("format") != 1 or not {"parameters", "lora", "tied_copy"} <= manifest.keys():
+    known = manifest.get("format") == 1 and {"parameters", "lora", "tied_copy"} <= manifest.keys()
+    if not known or not _sound(manifest):
         raise UserError(f"{directory / MANIFEST} is of another format than this version reads")
     return manifest
+
+
+def _sound(manifest: dict[str, Any]) -> bool:
+    """Whether the parts of a manifest are what they are read as."""
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError:
+        return False
+    return True
+
+
+class _Lora(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    rank: Annotated[int, Field(ge=1, le=2**14)]
+    alpha: Annotated[float, Field(allow_inf_nan=False)]
+    targets: list[str]
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(strict=True)
+    parameters: dict[str, tuple[Literal["float64", "float32", "float16", "bfloat16"], list[int]]]
+    lora: _Lora | None
+    tied_copy: bool
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -54,22 +55,38 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         if not 2 <= length <= size - 8:
             raise UserError(f"{file} is truncated or not a safetensors file; fetch it again")
         try:
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), object_pairs_hook=lambda pairs: _once(pairs, file))
             header.pop("__metadata__", None)
-            infos = {}
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                infos[name] = TensorInfo(
-                    entry["dtype"], tuple(entry["shape"]), file, 8 + length + begin, 8 + length + end
-                )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            infos = {name: _info(entry, file, 8 + length) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{file} has a corrupt safetensors header; fetch it again") from error
-    for name, info in infos.items():
+    last = 8 + length
+    for name, info in sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)):
         if not 8 + length <= info.begin <= info.end <= size:
             raise UserError(f"{file} is truncated: {name} ends at byte {info.end} of {size}; fetch it again")
+        if info.begin < last:
+            raise UserError(f"{file} is corrupt: the bytes of {name} overlap another tensor's; fetch it again")
+        last = info.end
         if info.dtype in DTYPES and info.end - info.begin != info.size:
             raise UserError(f"{file} is corrupt: {name} has {info.end - info.begin} bytes for shape {info.shape}")
     return infos
+
+
+def _once(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
+    """An object of a header; a name that comes twice would hide a tensor."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{file} is corrupt: its header names {twice!a} twice; fetch it again")
+    return dict(pairs)
+
+
+def _info(entry: dict[str, Any], file: Path, start: int) -> TensorInfo:
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    sizes = [*shape, begin, end]
+    if type(dtype) is not str or type(shape) is not list or not all(type(x) is int and 0 <= x < 2**63 for x in sizes):
+        raise ValueError(f"{file}: {entry}")
+    return TensorInfo(dtype, tuple(shape), file, start + begin, start + end)
 
 
 def read_tensor(info: TensorInfo) -> np.ndarray:

@@ -15,12 +15,13 @@ from lizard_jax.errors import UserError
 
 
 class SafetensorsWeights:
-    """Tensors spread over safetensors files."""
+    """Tensors spread over safetensors files; where one lies in several, ``shards`` says which counts."""
 
-    def __init__(self, files: Iterable[Path]):
+    def __init__(self, files: Iterable[Path], shards: dict[str, str] | None = None):
         self.infos: dict[str, TensorInfo] = {}
         for file in files:
-            self.infos.update(read_header(file))
+            found = read_header(file)
+            self.infos |= {name: info for name, info in found.items() if _counts(name, file, shards)}
 
     def read(self, name: str) -> np.ndarray:
         return read_tensor(self.infos[name])
@@ -29,10 +30,18 @@ class SafetensorsWeights:
         self.infos[new] = self.infos.pop(old)
 
 
+def _counts(name: str, file: Path, shards: dict[str, str] | None) -> bool:
+    return shards is None or shards.get(name, file.name) == file.name
+
+
+def _is_file_name(name: str) -> bool:
+    return name.isprintable() and name not in ("", ".", "..") and len(name.encode(errors="replace")) < 256
+
+
 class TorchWeights:
     """Tensors of old PyTorch ``.bin`` files, loaded without running anything they contain."""
 
-    def __init__(self, files: Iterable[Path]):
+    def __init__(self, files: Iterable[Path], shards: dict[str, str] | None = None):
         if importlib.util.find_spec("torch") is None:
             raise UserError("PyTorch .bin weights need torch; install the extra with: uv sync --extra torch")
         import torch
@@ -42,6 +51,8 @@ class TorchWeights:
         self._tensors: dict[str, Any] = {}
         for file in files:
             for name, tensor in _load_torch(file).items():
+                if not _counts(name, file, shards):
+                    continue
                 if not isinstance(tensor, torch.Tensor):
                     raise UserError(f"{file} holds {name}, which is no tensor; it is not a checkpoint of weights")
                 self.infos[name] = TensorInfo(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), file)
@@ -88,11 +99,14 @@ def open_weights(directory: Path) -> Weights:
         index = directory / f"{stem}.index.json"
         if index.is_file():
             shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict):
-                raise UserError(f"{index} has no weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+                raise UserError(f"{index} has no weight_map of tensors to files")
+            for name in sorted(set(shards.values())):
+                if Path(name).name != name or not _is_file_name(name):
+                    raise UserError(f"{index} names {name!a}, which is no file of this directory")
             files = [directory / name for name in sorted(set(shards.values()))]
             absent = [file.name for file in files if not file.is_file()]
             if absent:
                 raise UserError(f"{directory} lacks the shards {', '.join(absent)} its index names")
-            return kind(files)
+            return kind(files, shards)
     raise UserError(f"{directory} is not a checkpoint: it has neither model.safetensors nor pytorch_model.bin")

@@ -61,8 +61,8 @@ class Generation:
         eos: Sequence[int] = (),
         earlier: Conversation | None = None,
     ) -> None:
-        if max_new_tokens < 1:
-            raise UserError(f"max-new-tokens is {max_new_tokens}, must be at least 1")
+        if not 1 <= max_new_tokens < 2**31:
+            raise UserError(f"max-new-tokens is {max_new_tokens}, must be at least 1 and below {2**31}")
         if earlier is not None:
             if len(prompts) != 1:
                 raise UserError("a conversation goes on with one prompt, not with several")

@@ -194,12 +194,17 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing, or not JSON.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file")
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; is {path.parent} the stage directory of a run?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return found
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], ignore: tuple[str, ...]) -> list[str]:

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from lizard_jax import sharding
 from lizard_jax.config import RunConfig
 from lizard_jax.errors import UserError, disk_full
+from lizard_jax.nn.finite import not_finite
 from lizard_jax.train import stages
 from lizard_jax.train.checkpoint import Checkpoints, fill, full_disk, kept, named
 from lizard_jax.train.log import MetricsLog, ProgressLine
@@ -196,6 +197,17 @@ class Trainer:
         self.state.frozen = fill(self.state.frozen, leaves)
 
     def _diverged(self, step: int, what: str) -> None:
+        if (path := not_finite(self.state.frozen)) is not None:
+            raise UserError(
+                f"stage {self.config.stage} cannot go on: {what}, for the teacher's {path} holds NaN or infinity; its "
+                "weights are damaged"
+            )
+        if step == 0:
+            cause = not_finite(self.state.trainable)
+            raise UserError(
+                f"stage {self.config.stage} cannot begin: {what} before any step; "
+                + (f"{cause} starts as NaN or infinity" if cause else "its weights are finite; try --dtype float32")
+            )
         saved = self.checkpoints.latest_step()
         kept_at = "no checkpoint was saved before" if saved is None else f"the checkpoint of step {saved} is kept"
         raise UserError(

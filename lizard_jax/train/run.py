@@ -106,20 +106,24 @@ def check(config: RunConfig) -> None:
     """
     optim, data = config.optim, config.data
     for name, value, good in (
-        ("learning rate", optim.learning_rate, optim.learning_rate > 0),
-        ("tokens", optim.tokens, optim.tokens > 0),
+        ("learning rate", optim.learning_rate, 0 < optim.learning_rate <= 10),
+        ("tokens", optim.tokens, 0 < optim.tokens < 2**53),
         ("warmup", optim.warmup, 0 <= optim.warmup <= 1),
         ("final", optim.final, 0 <= optim.final <= 1),
         ("clip", optim.clip, optim.clip > 0),
         ("beta1", optim.beta1, 0 <= optim.beta1 < 1),
         ("beta2", optim.beta2, 0 <= optim.beta2 < 1),
-        ("weight decay", optim.weight_decay, optim.weight_decay >= 0),
+        ("weight decay", optim.weight_decay, 0 <= optim.weight_decay <= 10),
         ("kl", config.kl, 0 <= config.kl <= 1),
-        ("steps", config.steps, config.steps >= 0),
+        ("steps", config.steps, 0 <= config.steps < 2**31),
+        ("seed", config.seed, 0 <= config.seed < 2**32),
+        ("data-seed", data.seed, 0 <= data.seed < 2**32),
+        ("LoRA rank", config.lora.rank, 1 <= config.lora.rank <= 2**14),
+        ("LoRA alpha", config.lora.alpha, 0 < config.lora.alpha <= 1e6),
         ("validate-every", config.validate_every, config.validate_every >= 0),
         ("save-every", config.save_every, config.save_every >= 0),
-        ("batch size", data.batch_size, data.batch_size > 0),
-        ("sequence length", data.sequence_length, data.sequence_length > 0),
+        ("batch size", data.batch_size, 0 < data.batch_size <= 2**20),
+        ("sequence length", data.sequence_length, 0 < data.sequence_length <= 2**24),
     ):
         if not good:
             raise UserError(f"{name} {value} is out of range; see train.py --help")
