@@ -131,6 +131,8 @@ def test_index_and_manifest(tmp_path, name):
     good = {"metadata": {"total_size": 8}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
     if name == "lizard_flax.json":
         good = {"format": 1, "parameters": {"a": ["float32", [2]]}, "lora": None, "tied_copy": False}
+        (tmp_path / name).write_text(json.dumps(good))
+        assert read_manifest(tmp_path) == good
     read = open_weights if name != "lizard_flax.json" else read_manifest
     for _ in range(CASES):
         (tmp_path / name).write_text(json.dumps(changed(rng, good)))

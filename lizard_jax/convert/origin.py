@@ -1,5 +1,6 @@
 """What a saved model takes over from the checkpoint it came from: configuration, and tensors no model reads."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -45,7 +46,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def _sound(manifest: dict[str, Any]) -> bool:
     """Whether the parts of a manifest are what they are read as."""
     try:
-        _Manifest.model_validate(manifest)
+        _Manifest.model_validate_json(json.dumps(manifest))
     except ValidationError:
         return False
     return True
