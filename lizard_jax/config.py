@@ -20,19 +20,33 @@ def option(default: Any, help: str) -> Any:
 
 
 @dataclass(frozen=True)
+class YarnConfig:
+    """What YaRN adds to a factor: pairs that turn more often than ``beta_fast`` in the original context keep their
+    frequency, those that turn less often than ``beta_slow`` are interpolated, and cos and sin are scaled."""
+
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding, as transformers computes it.
 
-    ``kind`` is the ``rope_type`` of an HF config. ``factor`` belongs to every kind but ``default``; the last three
-    fields belong to ``llama3``, and ``original_max_positions`` to ``dynamic`` as well.
+    ``kind`` is the ``rope_type`` of an HF config. ``factor`` belongs to every kind but ``default``;
+    ``low_freq_factor`` and ``high_freq_factor`` to ``llama3``, and ``original_max_positions`` to it, ``dynamic`` and
+    ``yarn``; ``yarn`` to the kind of that name.
     """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "dynamic", "llama3"] = "default"
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    # Not in the repr, which old runs are known by.
+    yarn: YarnConfig | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lizard_jax.config import LizardConfig, ModelConfig, RopeConfig, to_dict
+from lizard_jax.config import LizardConfig, ModelConfig, RopeConfig, YarnConfig, to_dict
 from lizard_jax.errors import UserError
 from lizard_jax.nn.layers import activation
 
@@ -59,7 +59,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Settings of other decoders that change what is computed, and the values at which they do not."""
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 def model_config(raw: dict[str, Any], *, attention: LizardConfig | None = None) -> ModelConfig:
@@ -187,11 +187,17 @@ def _rope(raw: dict[str, Any], max_positions: int) -> RopeConfig:
     partial = told.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise UserError(f"partial_rotary_factor {partial} is not supported; every feature must be rotated")
-    needed = {"linear": ["factor"], "dynamic": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
+    needed = {
+        "linear": ["factor"], "dynamic": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
+        "yarn": ["factor"],
+    }  # fmt: skip
     missing = [key for key in needed.get(kind, []) if not isinstance(told.get(key), int | float)]
     if missing:
         raise UserError(f"rope type {kind!r} lacks {', '.join(missing)} in config.json")
-    numbers = ("factor", "rope_theta", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    numbers = (
+        "factor", "rope_theta", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+        "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+    )  # fmt: skip
     odd = [f"{key}={told[key]!r}" for key in numbers if told.get(key) is not None and not _is_positive(told[key])]
     if odd:
         raise UserError(f"config.json has {', '.join(odd)} for RoPE; a positive number is needed")
@@ -202,8 +208,12 @@ def _rope(raw: dict[str, Any], max_positions: int) -> RopeConfig:
     if kind == "dynamic":
         # transformers measures growth from max_position_embeddings, whatever original_max_position_embeddings says.
         return dataclasses.replace(rope, original_max_positions=max_positions)
+    original = raw.get("original_max_position_embeddings") or told.get("original_max_position_embeddings")
+    if kind == "yarn":
+        return dataclasses.replace(
+            rope, original_max_positions=int(original or max_positions), yarn=_yarn(told, float(told["factor"]))
+        )
     if kind == "llama3":
-        original = raw.get("original_max_position_embeddings") or told.get("original_max_position_embeddings")
         return dataclasses.replace(
             rope,
             low_freq_factor=float(told["low_freq_factor"]),
@@ -211,6 +221,20 @@ def _rope(raw: dict[str, Any], max_positions: int) -> RopeConfig:
             original_max_positions=int(original or max_positions),
         )
     return rope
+
+
+def _yarn(told: dict[str, Any], factor: float) -> YarnConfig:
+    def scale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    mscale, over = told.get("mscale"), told.get("mscale_all_dim")
+    inferred = scale(mscale) / scale(over) if mscale and over else scale(1.0)
+    return YarnConfig(
+        attention_factor=float(told.get("attention_factor") or inferred),
+        beta_fast=float(told.get("beta_fast") or 32),
+        beta_slow=float(told.get("beta_slow") or 1),
+        truncate=bool(told.get("truncate", True)),
+    )
 
 
 def _is_positive(value: Any) -> bool:
@@ -243,6 +267,9 @@ def hf_dict(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any]:
     }
     if rope.kind != "default":
         out["rope_scaling"] = {"rope_type": rope.kind, "factor": rope.factor}
+    if rope.yarn is not None:
+        out["rope_scaling"] |= dataclasses.asdict(rope.yarn)
+        out["rope_scaling"]["original_max_position_embeddings"] = rope.original_max_positions
     if rope.kind == "llama3":
         out["rope_scaling"] |= {
             "low_freq_factor": rope.low_freq_factor,

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from lizard_jax.config import ModelConfig
 from lizard_jax.nn.layers import Linear, RMSNorm
 from lizard_jax.nn.lizard_attention import LizardMixer
+from lizard_jax.nn.rope import query_scale
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
 from lizard_jax.typing import Array, Float, Int
 
@@ -24,6 +25,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, layer_index: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, heads, kv_heads, head_dim = config.hidden_size, config.num_heads, config.kv_heads, config.head_dim
         self.head_dim = head_dim
+        self.query_scale = query_scale(config.rope)
         self.q_proj = Linear(width, heads * head_dim, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         self.k_proj = Linear(width, kv_heads * head_dim, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         self.v_proj = Linear(width, kv_heads * head_dim, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
@@ -38,7 +40,10 @@ class Attention(nnx.Module):
     def qkv(
         self, x: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """Queries, keys and values, not yet rotated; q and k normalized where the architecture does so."""
+        """Queries, keys and values, not yet rotated; q and k normalized where the architecture does so.
+
+        Queries carry the temperature of ``yarn`` already, for every branch that reads them.
+        """
         batch, length, _ = x.shape
         q, k, v = (
             projection(x).reshape(batch, length, -1, self.head_dim)
@@ -46,7 +51,7 @@ class Attention(nnx.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        return q if self.query_scale == 1.0 else q * self.query_scale, k, v
 
     def __call__(
         self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"] | None = None

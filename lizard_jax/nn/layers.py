@@ -80,7 +80,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_fast": jax.nn.gelu,
     "gelu_pytorch_tanh": jax.nn.gelu,
     "quick_gelu": _quick_gelu,
+    "gelu_python": _gelu_exact,
     "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "leaky_relu": jax.nn.leaky_relu,
+    "mish": jax.nn.mish,
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
 }
 
 

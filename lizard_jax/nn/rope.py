@@ -18,7 +18,9 @@ def inverse_frequencies(
 
     ``linear`` divides every frequency by the factor. ``llama3`` divides only those whose wavelength exceeds the
     original context, with a smooth step between. ``dynamic`` grows θ with the length of the text:
-    ``θ (factor·L/L₀ − factor + 1)^(H/(H−2))`` for ``L = max(length, L₀)``, ``L₀`` the original context.
+    ``θ (factor·L/L₀ − factor + 1)^(H/(H−2))`` for ``L = max(length, L₀)``, ``L₀`` the original context. ``yarn``
+    divides by the factor what turns seldom in the original context and leaves what turns often, with a ramp over the
+    pairs between.
 
     Args:
         length: tokens in the text; only ``dynamic`` reads it, and None gives its base frequencies. An array of
@@ -48,7 +50,24 @@ def inverse_frequencies(
         smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         smooth = np.clip(smooth, 0.0, 1.0)
         frequencies = frequencies * (smooth + (1 - smooth) / rope.factor)
+    elif rope.kind == "yarn":
+        assert rope.yarn is not None
+        # The pair, as a fraction of the width, that turns so often in the original context.
+        ends = [
+            head_dim * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+            for turns in (rope.yarn.beta_fast, rope.yarn.beta_slow)
+        ]
+        if rope.yarn.truncate:
+            ends = [math.floor(ends[0]), math.ceil(ends[1])]
+        low, high = max(ends[0], 0), min(ends[1], head_dim - 1)
+        ramp = np.clip((np.arange(head_dim // 2) - low) / ((high - low) or 0.001), 0.0, 1.0)
+        frequencies = frequencies * (1 - ramp + ramp / rope.factor)
     return jnp.asarray(frequencies, jnp.float32)
+
+
+def query_scale(rope: RopeConfig) -> float:
+    """What queries are multiplied by instead of scaling cos and sin of both sides, as ``yarn`` asks for."""
+    return 1.0 if rope.yarn is None else rope.yarn.attention_factor**2
 
 
 def cos_sin(

@@ -173,8 +173,8 @@ def test_bin_files_run_nothing_and_need_torch(broken, monkeypatch, capsys):
     [
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-        ({"hidden_act": "mish"}, "hidden_act 'mish'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        ({"hidden_act": "laplace"}, "hidden_act 'laplace'"),
+        ({"rope_parameters": {"rope_type": "proportional", "factor": 2.0}}, "rope type 'proportional'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "lacks low_freq_factor, high_freq_factor"),
         ({"rope_parameters": None, "rope_scaling": {"type": "longrope"}}, "rope type 'longrope'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),

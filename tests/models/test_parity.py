@@ -20,6 +20,7 @@ LLAMA3 = {
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 QWEN_SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 
 GRID = {
@@ -35,6 +36,18 @@ GRID = {
     "dynamic_rope_short": ("Llama", 48, {"rope_parameters": DYNAMIC}),
     "dynamic_rope_at": ("Llama", 64, {"rope_parameters": DYNAMIC}),
     "dynamic_rope_long": ("Llama", 150, {"rope_parameters": DYNAMIC}),
+    "yarn": ("Llama", 96, {"rope_parameters": YARN, "max_position_embeddings": 128}),
+    "yarn_scales": (
+        "Mistral", 96,
+        {"rope_parameters": YARN | {"mscale": 1.5, "mscale_all_dim": 0.7, "beta_fast": 4.0, "beta_slow": 0.5},
+         "max_position_embeddings": 128, "sliding_window": None},
+    ),
+    "yarn_told": (
+        "Qwen3", 96,
+        {"rope_parameters": YARN | {"attention_factor": 1.4, "truncate": False}, "max_position_embeddings": 128},
+    ),
+    "mish": ("Llama", 24, {"hidden_act": "mish"}),
+    "relu2": ("Llama", 24, {"hidden_act": "relu2"}),
     "mistral": ("Mistral", 24, {"sliding_window": None}),
     "mistral_window": ("Mistral", 40, {"sliding_window": 7, "head_dim": 16}),
     "mistral_window_tied": ("Mistral", 40, {"sliding_window": 1, "tie_word_embeddings": True}),
@@ -42,7 +55,7 @@ GRID = {
     "qwen2_sliding": ("Qwen2", 24, QWEN_SLIDING),
     "qwen3": ("Qwen3", 24, {"head_dim": 16}),
     "qwen3_sliding": ("Qwen3", 24, {**QWEN_SLIDING, "head_dim": 8, "attention_bias": True}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GRID)
