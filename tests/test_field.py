@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 
 import numpy as np
@@ -404,3 +405,74 @@ def test_json_as_it_is_found(tmp_path, content):
     assert [d.text for d in documents(DataConfig(path=str(file)), None)] == ["one", "two"]
     file.write_text(json.dumps({"text": "alone"}, indent=2))
     assert [d.text for d in documents(DataConfig(path=str(file)), None)] == ["alone"]
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def test_a_device_stays_one_and_a_link_is_followed(tmp_path):
+    import os
+    import threading
+
+    from lizard_jax.atomic import write_atomic
+
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    write_atomic(pipe, "text")
+    reader.join()
+    assert read == [b"text"]
+    assert pipe.is_fifo()
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real" / "file")
+    write_atomic(link, b"state")
+    assert link.is_symlink()
+    assert (tmp_path / "real" / "file").read_bytes() == b"state"
+    write_atomic(tmp_path / "half", "a\ud800")
+    assert (tmp_path / "half").read_bytes() == b"a\\ud800"
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--steps=inf", "invalid whole number value|is not a whole number"),
+        ("--steps=1e18", "steps 1000000000000000000 is out of range"),
+        ("--seed=1e30", "seed .* is out of range"),
+        ("--batch-size=1e9", "batch size 1000000000 is out of range"),
+        ("--feature-half=1e12", "feature_half=1000000000000 must be 0"),
+        ("--learning-rate=1e30", "learning rate 1e[+]30 is out of range"),
+        ("--beta-start=nan", "beta_start=nan must be a finite number"),
+        ("--date=yesterday", "date 'yesterday' is no day as 2026-11-25"),
+    ],
+)
+def test_absurd_numbers_are_one_line_before_anything_is_made(flag, words, tmp_path, capsys):
+    from lizard_jax.train.__main__ import main as train
+
+    try:
+        code = train(["--stage=1", f"--out={tmp_path / 'run'}", flag])
+    except SystemExit as stopped:
+        code = stopped.code
+    told = capsys.readouterr().err
+    assert code == 2
+    assert told.count("\n") == 1
+    assert re.search(words, told), told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_is_not_finite_is_named_and_not_the_learning_rate(tmp_path, capsys):
+    from lizard_jax.train.__main__ import main as train
+
+    place = scripted(tmp_path / "model")
+    tensors = load_file(place / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 4] = np.nan
+    save_file(tensors, place / "model.safetensors")
+    text = tmp_path / "text.txt"
+    text.write_text("<|endoftext|>".join(["abc " * 60] * 20))
+    line = "--stage=1 --sequence-length=32 --window=8 --chunk=8 --steps=2 --held-out=0.1 --held-out-tokens=64"
+    argv = [*line.split(), f"--teacher={place}", f"--data={text}", f"--out={tmp_path / 'run'}"]
+    assert train(argv) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "for the teacher's layers/0/mlp/down_proj/kernel holds NaN or infinity; its weights are damaged" in told
+    assert "learning-rate" not in told
