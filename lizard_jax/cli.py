@@ -118,12 +118,16 @@ def override(config: RunConfig, values: dict[str, Any]) -> RunConfig:
 def with_preset(config: RunConfig, name: str, attention: dict[str, Any]) -> RunConfig:
     """The settings with another attention preset: its switches, then the recipe's changes, then these.
 
+    The width of its feature map a recipe chose for its own preset: another keeps the width it was published with.
+
     Raises:
         UserError: unknown preset, or switches that do not go together.
     """
     ours, base = config.attention, preset(config.preset)
     names = [field.name for field in dataclasses.fields(LizardConfig)]
     changed = {field: getattr(ours, field) for field in names if getattr(ours, field) != getattr(base, field)}
+    if name != config.preset:
+        changed.pop("feature_half", None)
     return dataclasses.replace(
         config, preset=name, attention=dataclasses.replace(preset(name), **{**changed, **attention})
     )

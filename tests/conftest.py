@@ -17,7 +17,17 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+SLOW = frozenset(Path(__file__).with_name("slow.txt").read_text().split())
+"""Tests that the short check leaves out, as ``train/test_run.py::test_name``: what takes more than two seconds."""
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what ``slow.txt`` names."""
+    for item in items:
+        if item.nodeid.partition("[")[0].removeprefix("tests/") in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -73,3 +73,9 @@ def test_importing_the_package_is_light():
 
     code = "import sys, lizard_jax; sys.exit('jax' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_what_the_short_check_leaves_out_is_there():
+    for name in (ROOT / "tests" / "slow.txt").read_text().split():
+        file, test = name.split("::")
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), name

@@ -52,6 +52,15 @@ def test_a_preset_keeps_the_recipes_own_changes_and_the_command_line_wins(name):
     assert config.attention == dataclasses.replace(wanted, window=16)
 
 
+def test_another_preset_keeps_its_own_feature_width():
+    ours, _ = cli.parse(["--config", "llama3_8b"])
+    assert (ours.attention.window, ours.attention.feature_half) == (256, 32)
+    theirs, _ = cli.parse(["--config", "llama3_8b", "--preset", "lolcats"])
+    assert (theirs.attention.window, theirs.attention.feature_half) == (256, 0)
+    asked, _ = cli.parse(["--config", "llama3_8b", "--preset", "lolcats", "--feature-half", "16"])
+    assert asked.attention.feature_half == 16
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
