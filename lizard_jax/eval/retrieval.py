@@ -81,12 +81,10 @@ def fits(vocab_size: int, prompts: Sequence[Sequence[int]]) -> None:
     Raises:
         UserError: there is one.
     """
-    largest = max(max(prompt) for prompt in prompts)
-    if largest >= vocab_size:
-        raise UserError(
-            f"vocabulary mismatch: an example holds token id {largest}, but the model's vocabulary has {vocab_size} "
-            f"entries; use the model's own tokenizer"
-        )
+    from lizard_jax.generate.prompts import check_ids
+
+    for prompt in prompts:
+        check_ids(prompt, vocab_size, "an example")
 
 
 def continuations(
