@@ -1,4 +1,4 @@
-"""The command ``lizard``: train, convert, generate, eval."""
+"""The command ``lizard``: train, convert, generate, select, eval."""
 
 import importlib
 import sys
@@ -7,6 +7,7 @@ COMMANDS = {
     "train": "linearize a checkpoint: stages 1 and 2, or a teacher of your own (stage 0)",
     "convert": "HF and Flax directories into each other, and a student without training",
     "generate": "write text, one prompt or many, or a conversation",
+    "select": "which key heads of a teacher are worth exact memory, for train --heads",
     "eval": "perplexity, fidelity, passkeys, recall, RULER, lm-evaluation-harness",
 }
 

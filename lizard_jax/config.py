@@ -5,6 +5,7 @@ A field carries its own help text (``option``); the command line and the documen
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -79,6 +80,8 @@ class LizardConfig:
     measured_start: bool = option(True, "start gates and beta where a little training text says (scalar gate, joint)")
     chunk: int = option(64, "C, the chunk length of the linear branch")
     softmax_layers: tuple[int, ...] = option((), "layers that keep the teacher's softmax attention")
+    softmax_heads: tuple[str, ...] = option((), "key heads that keep it, as LAYER.HEAD; --heads takes them from a file")
+    retrieval_window: int = option(0, "tokens that softmax_heads see, beside the first; 0 keeps all in a growing cache")
 
     def __post_init__(self) -> None:
         choices = {
@@ -98,6 +101,18 @@ class LizardConfig:
         for name in ("window", "chunk", "meta_tokens"):
             if not 1 <= getattr(self, name) <= 2**24:
                 raise UserError(f"attention {name}={getattr(self, name)} must be at least 1 and at most {2**24}")
+        if not 0 <= self.retrieval_window <= 2**24:
+            raise UserError(f"attention retrieval_window={self.retrieval_window} must be 0 (keep all) or up to {2**24}")
+        if 0 < self.retrieval_window < self.window:
+            raise UserError(
+                f"attention retrieval_window={self.retrieval_window} is below the window of {self.window}, which every "
+                "head has"
+            )
+        if wrong := [name for name in self.softmax_heads if not re.fullmatch(r"\d{1,6}\.\d{1,6}", name)]:
+            raise UserError(f"softmax-heads names {', '.join(map(repr, wrong))}; a key head is LAYER.HEAD, as 3.0")
+        # One spelling and one order, so that the same choice is the same setting.
+        heads = sorted({tuple(map(int, name.split("."))) for name in self.softmax_heads})
+        object.__setattr__(self, "softmax_heads", tuple(f"{layer}.{head}" for layer, head in heads))
         if not 0 <= self.feature_half <= 2**14:
             raise UserError(f"attention feature_half={self.feature_half} must be 0 (the head width) or 1 to {2**14}")
         if not math.isfinite(self.beta_start):
@@ -113,6 +128,13 @@ class LizardConfig:
             raise UserError(
                 f"attention gate_bias=true belongs to gate=scalar, not gate={self.gate}; set gate_bias=false"
             )
+
+    def exact_heads(self, layer: int) -> tuple[int, ...]:
+        """The key heads of a layer that keep softmax attention by name; ``softmax_layers`` are not among them."""
+        if layer in self.softmax_layers:
+            return ()
+        pairs = (name.split(".") for name in self.softmax_heads)
+        return tuple(int(head) for own, head in pairs if int(own) == layer)
 
     @property
     def adds_modules(self) -> bool:
@@ -181,6 +203,19 @@ class ModelConfig:
             raise UserError(f"softmax-layers names {named}, and the model has layers 0 to {self.num_layers - 1}")
         if kept and len(set(kept)) == self.num_layers:
             raise UserError("softmax-layers names every layer, so that nothing would be linearized; leave some out")
+        heads = self.attention.softmax_heads if self.attention is not None else ()
+        if absent := [name for name in heads if not self._has(*map(int, name.split(".")))]:
+            raise UserError(
+                f"softmax-heads names {', '.join(absent)}, and the model has layers 0 to {self.num_layers - 1} of key "
+                f"heads 0 to {self.kv_heads - 1}"
+            )
+        if self.attention is not None and heads:
+            layers = [layer for layer in range(self.num_layers) if layer not in kept]
+            if all(len(self.attention.exact_heads(layer)) == self.kv_heads for layer in layers):
+                raise UserError("softmax-heads names every key head, so that nothing would be linearized")
+
+    def _has(self, layer: int, head: int) -> bool:
+        return layer < self.num_layers and head < self.kv_heads
 
 
 # ------------------------------------------------------------------------------------------------ a run
@@ -247,6 +282,9 @@ class RunConfig:
     teacher: str = option("embedded", "directory or hub id of the teacher, or 'embedded'")
     out: str = option("", "run directory; default runs/RECIPE (the stage's own folder is made inside)")
     preset: str = option("lizard", "attention preset the run starts from")
+    heads: str = option(
+        "", "which key heads keep softmax attention: FILE:N or FILE:10% of `lizard select`, or auto:10%"
+    )
     dtype: Literal["float32", "bfloat16", "float64"] = option("float32", "dtype of base weights and activations")
     attention: LizardConfig = LizardConfig()
     data: DataConfig = DataConfig()

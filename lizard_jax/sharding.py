@@ -31,7 +31,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(q|k|v|gate|up)_proj/bias$", PartitionSpec("tensor")),
     (r"embed/embedding$", PartitionSpec("tensor", "fsdp")),
     (r"lm_head/kernel$", PartitionSpec("fsdp", "tensor")),
-    (r"mixer/phi_(q|k)/\w+$", PartitionSpec("tensor", "fsdp", None)),
+    (r"mixer/(short/)?phi_(q|k)/\w+$", PartitionSpec("tensor", "fsdp", None)),
 )
 
 

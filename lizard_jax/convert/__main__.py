@@ -65,6 +65,14 @@ def arguments() -> argparse.ArgumentParser:
         "--sequence-length", type=int, default=2048, metavar="T",
         help="tokens read in one go, several windows (default %(default)s)",
     )  # fmt: skip
+    linear.add_argument(
+        "--heads", default="", metavar="FILE:N",
+        help="key heads that keep softmax attention: FILE:N or FILE:10%% of `lizard select`, or auto:10%%",
+    )  # fmt: skip
+    linear.add_argument(
+        "--retrieval-window", type=int, default=0, metavar="W",
+        help="tokens that those see, beside the first; 0 keeps all in a growing cache (default %(default)s)",
+    )  # fmt: skip
     for command in (to_flax, to_hf, linear):
         command.add_argument("dst", help="directory to write; it must not exist or be empty, and appears whole or not")
     return parser
@@ -109,8 +117,9 @@ def flax2hf(src: str, dst: str, *, adapter: bool, teacher: str | None = None) ->
 
 
 def linearize(
-    src: str, dst: str, *, preset: str, window: int, data: str, length: int, memory: str | None = None
-) -> str:
+    src: str, dst: str, *, preset: str, window: int, data: str, length: int, memory: str | None = None,
+    heads: str = "", retrieval_window: int = 0,
+) -> str:  # fmt: skip
     """Runs ``linearize`` and returns the lines that say what was measured and written."""
     import dataclasses
 
@@ -123,6 +132,12 @@ def linearize(
     attention = dataclasses.replace(config.preset(preset), window=window)
     if memory is not None:
         attention = dataclasses.replace(attention, memory=memory)
+    if heads:
+        from lizard_jax.convert.files import locate
+        from lizard_jax.select.choice import resolved
+
+        chosen = resolved(heads, locate(src), window)
+        attention = dataclasses.replace(attention, softmax_heads=chosen, retrieval_window=retrieval_window)
     text = config.DataConfig(path=data, sequence_length=length, batch_size=1, segment_mask=False)
     with _Bar("reading") as progress:
         model, start = student_of(src, attention, text, progress=progress)
@@ -177,7 +192,8 @@ def main() -> int:
             print(
                 linearize(
                     told.src, told.dst, preset=told.preset, window=told.window, data=told.data,
-                    length=told.sequence_length, memory=told.memory,
+                    length=told.sequence_length, memory=told.memory, heads=told.heads,
+                    retrieval_window=told.retrieval_window,
                 )
             )  # fmt: skip
         else:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lizard_jax import orbax_noise
+from lizard_jax.embedded import teacher_path
 from lizard_jax.errors import UserError, disk_full
 
 CARRIED = (
@@ -34,6 +35,15 @@ CARRIED = (
 )
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 TORCH_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+def teacher_dir(name: str) -> Path:
+    """The directory of a teacher: the embedded one, a directory, or a hub id's snapshot.
+
+    Raises:
+        UserError: there is none.
+    """
+    return teacher_path() if name == "embedded" else locate(name)
 
 
 def locate(src: str | Path) -> Path:

@@ -17,7 +17,7 @@ from lizard_jax.convert.params import Progress, misfits, parameters, place, sile
 from lizard_jax.convert.weights import SafetensorsWeights, Weights, open_weights
 from lizard_jax.errors import UserError
 from lizard_jax.models.llama import Llama
-from lizard_jax.nn.lizard_attention import LizardMixer
+from lizard_jax.nn.attention import mixer_of
 from lizard_jax.nn.params import BaseParam, LoraParam, NewParam
 
 PEFT: dict[str, tuple[Any, ...]] = {
@@ -138,9 +138,8 @@ def _fill_exactly(wanted: dict[str, nnx.Param], weights: SafetensorsWeights, fil
 
 def _start(model: Llama, rngs: nnx.Rngs, mesh: Mesh | None) -> None:
     """Fresh new modules in place of the shapes."""
-    for block in model.layers:
-        if isinstance(block.attention.mixer, LizardMixer):
-            block.attention.mixer = LizardMixer(model.config, rngs=rngs)
+    for index, block in enumerate(model.layers):
+        block.attention.mixer = mixer_of(model.config, index, rngs=rngs)
     if mesh is not None:
         for path, variable in parameters(model, NewParam).items():
             variable.set_value(place(np.asarray(variable[...]), path, mesh))

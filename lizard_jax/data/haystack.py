@@ -138,6 +138,12 @@ class Measure:
         ids = self.ids(text)
         return [*(self._head if ids[: len(self._head)] != self._head else []), *ids]
 
+    def covering(self, text: str, start: int, stop: int) -> list[int]:
+        """Places among ``prompt(text)`` of the tokens that hold a character of ``text[start:stop]``."""
+        found = self._backend.encode(text, add_special_tokens=False)
+        before = len(self.prompt(text)) - len(found.ids)
+        return [before + i for i, (a, b) in enumerate(found.offsets) if a < stop and b > start]
+
     def length(self, document: Document) -> int:
         """Tokens of the document with all that goes around it, EOS included where its answer ends with one."""
         ends = document.open_end and self._tail[-1:] != self._end

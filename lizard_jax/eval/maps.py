@@ -43,10 +43,22 @@ class Maps:
 
 def layer_maps(attention: Any, normed: Any) -> Maps:
     """The maps of an ``Attention`` for its normalized input ``[1, T, D]``, one document."""
-    from lizard_jax.nn.lizard_attention import LizardMixer
+    return _mixer_maps(attention.mixer, normed, *attention.qkv(normed))
 
-    mixer = attention.mixer
-    q, k, _ = attention.qkv(normed)
+
+def _mixer_maps(mixer: Any, normed: Any, q: Any, k: Any, v: Any) -> Maps:
+    from lizard_jax.nn.lizard_attention import LizardMixer
+    from lizard_jax.nn.split_attention import SplitMixer
+
+    if isinstance(mixer, SplitMixer):
+        short = _mixer_maps(mixer.short, normed, *mixer.short_part(q, k, v))
+        long = _mixer_maps(mixer.ring or mixer.whole, normed, *mixer.long_part(q, k, v))
+        return Maps(
+            *(
+                np.concatenate([getattr(short, name), getattr(long, name)])[list(mixer.order)]
+                for name in ("window", "gated", "meta")
+            )
+        )
     if isinstance(mixer, LizardMixer):
         return _lizard(mixer, normed, q, k)
     queries, keys = _f64(q)[0], _f64(k)[0]

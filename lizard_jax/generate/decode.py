@@ -103,12 +103,12 @@ def capacity(lengths: Sequence[int], new: int, size: int = PREFILL) -> int:
 def with_room(state: Any, lengths: Sequence[int], new: int, size: int = PREFILL) -> Any:
     """A state whose key/value caches, if it has any, hold so much more; one without them is large enough as it is."""
 
-    def grow(layer: Any) -> Any:
-        if not isinstance(layer, KVCache):
-            return layer
-        return layer.with_room(capacity([int(layer.position.max()) + max(lengths)], new, size))
+    def grow(part: Any) -> Any:
+        if not isinstance(part, KVCache):
+            return part
+        return part.with_room(capacity([int(part.position.max()) + max(lengths)], new, size))
 
-    return tuple(grow(layer) for layer in state)
+    return jax.tree.map(grow, state, is_leaf=lambda part: isinstance(part, KVCache))
 
 
 @functools.partial(jax.jit, static_argnames=("sampling", "stops"), donate_argnums=(1,))

@@ -11,15 +11,28 @@ from lizard_jax.nn.layers import Linear, RMSNorm
 from lizard_jax.nn.lizard_attention import LizardMixer
 from lizard_jax.nn.rope import query_scale
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
+from lizard_jax.nn.split_attention import SplitMixer, ring_of
 from lizard_jax.typing import Array, Float, Int
+
+
+def mixer_of(config: ModelConfig, layer_index: int, *, rngs: nnx.Rngs) -> SoftmaxMixer | LizardMixer | SplitMixer:
+    """A fresh mixer of a layer, as its configuration says."""
+    if config.attention is None or layer_index in config.attention.softmax_layers:
+        return SoftmaxMixer(config, layer_index)
+    exact = config.attention.exact_heads(layer_index)
+    if len(exact) == config.kv_heads:
+        reach = config.attention.retrieval_window
+        return LizardMixer(ring_of(config, len(exact)), rngs=rngs) if reach else SoftmaxMixer(config, layer_index)
+    return SplitMixer(config, layer_index, exact, rngs=rngs) if exact else LizardMixer(config, rngs=rngs)
 
 
 class Attention(nnx.Module):
     """Projects x to q, k, v, lets ``mixer`` turn them into head outputs, and projects those back to the width.
 
-    The mixer is ``SoftmaxMixer`` where ``config.attention`` is None or names the layer in ``softmax_layers``, and
-    ``LizardMixer`` elsewhere. Both have ``__call__(x, q, k, v, *, segment_ids) -> heads``, ``init_state(batch,
-    max_length, dtype)`` and ``extend(x, q, k, v, state, lengths) -> (heads, state)``.
+    The mixer is ``SoftmaxMixer`` where ``config.attention`` is None or keeps the whole layer, ``SplitMixer`` where it
+    keeps some of its key heads (``softmax_heads``), and ``LizardMixer`` elsewhere. Each has ``__call__(x, q, k, v, *,
+    segment_ids) -> heads``, ``init_state(batch, max_length, dtype)`` and ``extend(x, q, k, v, state, lengths) ->
+    (heads, state)``.
     """
 
     def __init__(self, config: ModelConfig, layer_index: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -32,10 +45,7 @@ class Attention(nnx.Module):
         self.o_proj = Linear(heads * head_dim, width, bias=config.o_bias, dtype=dtype, rngs=rngs)
         self.q_norm = nnx.data(RMSNorm(head_dim, eps=config.norm_eps, dtype=dtype) if config.qk_norm else None)
         self.k_norm = nnx.data(RMSNorm(head_dim, eps=config.norm_eps, dtype=dtype) if config.qk_norm else None)
-        if config.attention is None or layer_index in config.attention.softmax_layers:
-            self.mixer = SoftmaxMixer(config, layer_index)
-        else:
-            self.mixer = LizardMixer(config, rngs=rngs)
+        self.mixer = mixer_of(config, layer_index, rngs=rngs)
 
     def qkv(
         self, x: Float[Array, "B T D"]

@@ -19,7 +19,7 @@ from lizard_jax import sharding
 from lizard_jax.atomic import write_atomic
 from lizard_jax.cli import flatten, from_dict, override
 from lizard_jax.config import ModelConfig, RunConfig, to_dict
-from lizard_jax.convert.files import carry, read_json
+from lizard_jax.convert.files import carry, read_json, teacher_dir
 from lizard_jax.convert.hf_config import model_config
 from lizard_jax.convert.load import load_hf
 from lizard_jax.convert.save import save_hf
@@ -32,9 +32,10 @@ from lizard_jax.models import Llama
 from lizard_jax.models import build as build_model
 from lizard_jax.nn.params import NewParam
 from lizard_jax.nn.rope import segment_positions
+from lizard_jax.select.choice import resolved
 from lizard_jax.train import checkpoint, report, stages, start
 from lizard_jax.train.loop import Trainer
-from lizard_jax.train.teacher import find_teacher, fingerprint, teacher_dir, whereabouts
+from lizard_jax.train.teacher import find_teacher, fingerprint, whereabouts
 from pallas_kernels import partition
 
 # A resumed run may differ in these: where it lies, on what, how often it saves, and paths that fingerprints stand for.
@@ -42,8 +43,8 @@ MAY_CHANGE = ("out", "mesh.", "validate_every", "save_every", "teacher", "data.p
 
 # What stage 2 takes over from stage 1, unless the command line says otherwise: what it adapts, and the text.
 CARRIED = (
-    "teacher", "preset", "attention", "data.path", "data.format", "data.separator", "data.split", "data.text_column",
-    "data.held_out", "data.segment_mask", "data.date",
+    "teacher", "preset", "attention", "heads", "data.path", "data.format", "data.separator", "data.split",
+    "data.text_column", "data.held_out", "data.segment_mask", "data.date",
 )  # fmt: skip
 
 LEAST_BEYOND = 0.1
@@ -80,7 +81,9 @@ def continued(config: RunConfig, given: frozenset[str]) -> RunConfig:
     taken = {key: old[key] for key in new if key.startswith(CARRIED)}
     asked = {key: new[key] for key in given if key in taken}
     fixed = [
-        f"{key}={asked[key]!r}" for key in asked if key.startswith(("attention", "preset")) and asked[key] != old[key]
+        f"{key}={asked[key]!r}"
+        for key in asked
+        if key.startswith(("attention", "preset", "heads")) and asked[key] != old[key]
     ]
     if fixed:
         raise UserError(f"stage 1 in {first} was trained with other settings than {', '.join(fixed)}; leave them out")
@@ -96,6 +99,27 @@ def dated(config: RunConfig, place: Path) -> RunConfig:
     if (place / "run.json").is_file():
         began = checkpoint.read_json(place / "run.json")["config"]["data"].get("date")
     return override(config, {"data.date": began or date.today().isoformat()})
+
+
+def with_heads(config: RunConfig, given: frozenset[str], place: Path, source: Path) -> RunConfig:
+    """The settings with the key heads that ``--heads`` names, as a stage 1 or a begun run chose them if there is one.
+
+    Raises:
+        UserError: no such ranking, or one of another model; or heads are named twice.
+    """
+    if not config.heads or config.stage == 0:
+        return config
+    if "attention.softmax_heads" in given:
+        raise UserError("--heads and --softmax-heads both name key heads; give one of them")
+    if config.attention.softmax_heads:
+        return config
+    if (place / "run.json").is_file():
+        begun = from_dict(RunConfig, checkpoint.read_json(place / "run.json")["config"])
+        if begun.heads == config.heads:
+            return override(config, {"attention.softmax_heads": begun.attention.softmax_heads})
+    if config.heads.startswith("auto") and jax.process_index() == 0:
+        print("choosing key heads by what they retrieve …", file=sys.stderr, flush=True)
+    return override(config, {"attention.softmax_heads": resolved(config.heads, source, config.attention.window)})
 
 
 def check(config: RunConfig) -> None:
@@ -223,7 +247,7 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
     sharding.check_batch(config.data.batch_size, mesh)
     place = stage_dir(config)
     source = teacher_dir(config.teacher)
-    config = dated(config, place)
+    config = with_heads(dated(config, place), given, place, source)
     record = _record(config, source)
     if config.stage == 2 and config.attention.adds_modules:
         first = checkpoint.read_json(stage_dir(config, 1) / "run.json")

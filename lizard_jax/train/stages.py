@@ -20,10 +20,10 @@ from lizard_jax.config import RunConfig
 from lizard_jax.data.loader import Batch
 from lizard_jax.models import build
 from lizard_jax.models.llama import Llama
-from lizard_jax.nn.lizard_attention import LizardMixer
 from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.nn.params import BaseParam, LoraParam, NewParam
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
+from lizard_jax.nn.split_attention import student_of
 from lizard_jax.train.losses import cross_entropy, head_error, head_power, prediction_losses
 from lizard_jax.typing import Array
 
@@ -101,7 +101,7 @@ def _distil(model: Llama, batch: Batch) -> tuple[nnx.State, dict[str, Array]]:
     """Stage 1. The teacher runs once; every layer's student sees the teacher's hidden state and is differentiated on
     the spot, so that one layer's activations are all that lives at a time."""
     grads = jax.tree.map(jnp.zeros_like, nnx.state(model, NewParam))
-    students = sum(isinstance(block.attention.mixer, LizardMixer) for block in model.layers)
+    students = sum(student_of(block.attention.mixer) is not None for block in model.layers)
     errors = []
     inputs, _, segments, _ = _arrays(batch)
     x = model.embed(inputs)
@@ -110,11 +110,11 @@ def _distil(model: Llama, batch: Batch) -> tuple[nnx.State, dict[str, Array]]:
         normed = block.attention_norm(x)
         q, k, v = block.attention.qkv(normed)
         teacher_heads = SoftmaxMixer(model.config, index)(normed, q, k, v, segment_ids=segments)
-        mixer = block.attention.mixer
-        if isinstance(mixer, LizardMixer):
-            graph, new, rest = nnx.split(mixer, NewParam, ...)
+        if (student := student_of(block.attention.mixer)) is not None:
+            graph, new, rest = nnx.split(student.mixer, NewParam, ...)
+            ours, theirs = (normed, *student.part(q, k, v)), student.heads(teacher_heads)
 
-            def error(params, inputs=(normed, q, k, v), target=teacher_heads, graph=graph, rest=rest):
+            def error(params, inputs=ours, target=theirs, graph=graph, rest=rest):
                 heads = nnx.merge(graph, params, rest)(*inputs, segment_ids=segments)
                 total = head_error(heads, target, segments)
                 # Layers differ by orders of magnitude; relative to its teacher's, each error counts alike.
@@ -124,7 +124,11 @@ def _distil(model: Llama, batch: Batch) -> tuple[nnx.State, dict[str, Array]]:
 
             layer_grads, (relative, mean) = jax.grad(error, has_aux=True)(new)
             x = _after((layer_grads, mean), x)
-            grads["layers"][index]["attention"]["mixer"] = layer_grads
+            place = grads["layers"][index]["attention"]
+            *above, last = ("mixer", *student.path)
+            for name in above:
+                place = place[name]
+            place[last] = layer_grads
             errors.append(mean)
             loss = loss + relative / students
         else:

@@ -24,6 +24,7 @@ from lizard_jax.nn.lizard_attention import LizardMixer
 from lizard_jax.nn.numerics import ABSENT, accumulation_dtype
 from lizard_jax.nn.params import NewParam
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
+from lizard_jax.nn.split_attention import student_of
 from lizard_jax.typing import Array, Float, Int
 
 AGES = (0.5, 2.0, 8.0, 64.0)
@@ -43,7 +44,7 @@ class Start:
         share: ``[L, N]`` share of each query head's softmax that its memory starts with.
         error: ``[L]`` relative error of the head outputs with these values, and ``window_error`` with the window alone.
 
-    Layers that keep softmax attention have no row.
+    Layers that keep softmax attention have no row, and key heads that do no number: their layer's row ends with NaN.
     """
 
     age: Float[np.ndarray, "L S"]
@@ -55,7 +56,7 @@ class Start:
         """The line that the log shows."""
         ages = "" if np.isnan(self.age).all() else f"mean age {np.nanmedian(self.age):.0f} tokens, "
         return (
-            f"start: {ages}memory's share {self.share.mean():.1%}; relative error of heads "
+            f"start: {ages}memory's share {np.nanmean(self.share):.1%}; relative error of heads "
             f"{self.error.mean():.4f} (window alone {self.window_error.mean():.4f})"
         )
 
@@ -85,17 +86,17 @@ def measure_start(model: Llama, batches: Sequence[Batch], place: Callable[[Any],
     probe = jax.jit(_probe)
     rows = []
     for index, block in enumerate(model.layers):
-        teacher, mixer = SoftmaxMixer(model.config, index), block.attention.mixer
-        if not isinstance(mixer, LizardMixer):
+        teacher, student = SoftmaxMixer(model.config, index), student_of(block.attention.mixer)
+        if student is None:
             hidden = [
                 block.after_heads(x, teacher(*_inputs(block, x), segment_ids=s))
                 for x, s in zip(hidden, segments, strict=True)
             ]
             continue
-        assert mixer.beta is not None
+        mixer = student.mixer
         biases = _biases(mixer)
         ages = 1 if biases is None else len(biases)
-        offsets: Array = jnp.full((ages, model.config.num_heads), jnp.nan, accumulation_dtype(hidden[0]))
+        offsets: Array = jnp.full((ages, mixer.config.num_heads), jnp.nan, accumulation_dtype(hidden[0]))
         total = None
         for n, (x, segment_ids) in enumerate(zip(hidden, segments, strict=True)):
             # One at a time: collectives of several programs in flight can starve each other on virtual devices.
@@ -104,7 +105,14 @@ def measure_start(model: Llama, batches: Sequence[Batch], place: Callable[[Any],
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         assert total is not None
         rows.append(_choose(mixer, biases, *_on_host((offsets, total))))
-    return Start(*(np.stack(column) for column in zip(*rows, strict=True)))
+    return Start(*(_stacked(column) for column in zip(*rows, strict=True)))
+
+
+def _stacked(column: Sequence[Any]) -> np.ndarray:
+    """A row a layer; layers that keep heads have fewer, and NaN for the rest."""
+    longest = max(np.size(row) for row in column)
+    rows = [np.pad(np.ravel(row), (0, longest - np.size(row)), constant_values=np.nan) for row in column]
+    return np.stack(rows) if np.ndim(column[0]) else np.concatenate(rows)
 
 
 def _inputs(block: Block, x: Array) -> tuple[Array, Array, Array, Array]:
@@ -132,9 +140,12 @@ def _probe(
     ``offsets`` is the mean log-odds of the window against the memory before β, of each age and query head; NaN
     has it measured here.
     """
-    inputs = _inputs(block, x)
-    target = teacher(*inputs, segment_ids=segment_ids)
-    parts = nnx.split(block.attention.mixer)
+    student = student_of(block.attention.mixer)
+    assert student is not None
+    normed, *qkv = _inputs(block, x)
+    taught = teacher(normed, *qkv, segment_ids=segment_ids)
+    target, inputs = student.heads(taught), (normed, *student.part(*qkv))
+    parts = nnx.split(student.mixer)
     wide = accumulation_dtype(target)
     real = (segment_ids != 0)[..., None]
 
@@ -164,7 +175,7 @@ def _probe(
     else:
         offset, errors = jax.lax.map(lambda pair: candidate(*pair), (biases, offsets))
     alone = squares(window.near.astype(wide) - target.astype(wide))
-    return block.after_heads(x, target), offset, {"errors": errors, "window": alone, "power": squares(target)}
+    return block.after_heads(x, taught), offset, {"errors": errors, "window": alone, "power": squares(target)}
 
 
 def _with(parts: Any, *, bias: Array | None = None, beta: Array | None = None) -> LizardMixer:

@@ -5,20 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lizard_jax.convert.files import locate
-from lizard_jax.embedded import teacher_path
+from lizard_jax.convert.files import teacher_dir
 from lizard_jax.errors import UserError
 
 _BLOCK, _BLOCKS = 1 << 20, 64
-
-
-def teacher_dir(name: str) -> Path:
-    """The directory of the teacher: the embedded one, a directory, or a hub id's snapshot.
-
-    Raises:
-        UserError: there is none.
-    """
-    return teacher_path() if name == "embedded" else locate(name)
 
 
 def fingerprint(directory: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 SMALLEST_BLOCK = 64
 """Queries handled together; below this the matmuls are too thin to be worth their launch."""
+LARGEST_BLOCK = 1024
+"""Queries of a window larger than this are handled in blocks of so many."""
 
 
 def _blocks(x: Array, block: int, count: int) -> Array:
@@ -32,6 +35,24 @@ def _neighbourhoods(x: Array, window: int, block: int, count: int) -> Array:
     return jnp.concatenate([before, _blocks(x[:, window:], block, count)], axis=2)
 
 
+def _one_by_one(q, k, v, q_segments, k_segments, sink, frequencies, window):
+    """``attend`` in blocks of ``LARGEST_BLOCK`` queries, one after the other."""
+    time, block = q.shape[1], LARGEST_BLOCK
+    count = -(-time // block)
+    own = [_blocks(x, block, count) for x in (q, q_segments)]
+    padded = [jnp.pad(x, [(0, 0), (0, count * block - time)] + [(0, 0)] * (x.ndim - 2)) for x in (k, v, k_segments)]
+
+    @jax.checkpoint
+    def part(number):
+        queries, segments = (x[:, number] for x in own)
+        near = [lax.dynamic_slice_in_dim(x, number * block, window + block, axis=1) for x in padded]
+        return attend(queries, near[0], near[1], segments, near[2], sink, frequencies, window)
+
+    y, n = lax.map(part, jnp.arange(count))
+    y, n = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], count * block, *x.shape[3:])[:, :time] for x in (y, n))
+    return y, n
+
+
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B WT K H"],
@@ -42,7 +63,13 @@ def attend(
     frequencies: Float[Array, " H/2"] | None,
     window: int,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """As ``problem.Implementation.attend`` says; the gradient is autodiff's."""
+    """As ``problem.Implementation.attend`` says; the gradient is autodiff's.
+
+    Beyond ``LARGEST_BLOCK`` queries and keys of a window, blocks run one after the other and are computed again in the
+    backward pass, so that memory is one block's ``N · LARGEST_BLOCK · (W + LARGEST_BLOCK)`` scores.
+    """
+    if window > LARGEST_BLOCK and q.shape[1] > LARGEST_BLOCK:
+        return _one_by_one(q, k, v, q_segments, k_segments, sink, frequencies, window)
     (B, T, N, H), K = q.shape, k.shape[2]
     wide = accumulator(q.dtype)
     # Half-precision operands are exact in one pass of a matrix unit; fp32 ones need all of its passes.

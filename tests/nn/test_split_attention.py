@@ -1,0 +1,151 @@
+"""Layers whose key heads have different budgets: each class by its own definition, in every form, in linear memory."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lizard_jax.config import LizardConfig, ModelConfig
+from lizard_jax.errors import UserError
+from lizard_jax.nn.attention import mixer_of
+from lizard_jax.nn.cache import KVCache
+from lizard_jax.nn.lizard_attention import LizardMixer, LizardState
+from lizard_jax.nn.softmax_attention import SoftmaxMixer
+from lizard_jax.nn.split_attention import SplitMixer, student_of
+from pallas_kernels.sliding_window import reference, xla
+from tests.nn.dense_lizard import dense_heads
+from tests.nn.test_lizard_attention import all_of, draw, packed, relative_error
+
+HEADS, KV, WIDTH = 6, 3, 6
+ATTENTION = LizardConfig(window=8, chunk=16, beta_start=0.5, softmax_heads=("0.1",))
+
+
+def make(attention: LizardConfig) -> SplitMixer:
+    config = ModelConfig("llama", 11, 10, 8, 2, HEADS, KV, WIDTH, 64, attention=attention)
+    mixer = mixer_of(config, 0, rngs=nnx.Rngs(0))
+    assert isinstance(mixer, SplitMixer)
+    rng = np.random.default_rng(0)
+    state = nnx.state(mixer)
+    nnx.update(mixer, jax.tree.map(lambda leaf: leaf + jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), state))
+    return mixer
+
+
+def inputs(time: int):
+    config = ModelConfig("llama", 11, 10, 8, 2, HEADS, KV, WIDTH, 64, attention=ATTENTION)
+    return draw(LizardMixer(config, rngs=nnx.Rngs(0)), 2, time)
+
+
+@pytest.mark.parametrize("reach", [0, 12, 200], ids=["keeps all", "long window", "window beyond the text"])
+@pytest.mark.parametrize("memory", ["evicted", "none"])
+def test_each_class_of_heads_is_its_own_definition(memory, reach):
+    mixer = make(dataclasses.replace(ATTENTION, memory=memory, retrieval_window=reach))
+    x, q, k, v = inputs(61)
+    for segments in (np.ones((2, 61), int), np.asarray(packed(2, 61))):
+        got = np.asarray(jax.jit(lambda m, *a, s=segments: m(*a, segment_ids=jnp.asarray(s)))(mixer, x, q, k, v))
+        short, long = [0, 1, 4, 5], [2, 3]
+        own = dense_heads(mixer.short, x, q[:, :, short], k[:, :, [0, 2]], v[:, :, [0, 2]], segments)
+        assert relative_error(got[:, :, short], own) < 1e-5
+        exact = mixer.short if mixer.ring is None else mixer.ring
+        everything = dataclasses.replace(exact.switches, memory="none", window=mixer.short.switches.window)
+        if mixer.ring is None:
+            everything = dataclasses.replace(everything, window=1000, retrieval_window=0)
+            config = dataclasses.replace(exact.config, num_heads=2, kv_heads=1, attention=everything)
+            exact = LizardMixer(config, rngs=nnx.Rngs(0))
+        whole = dense_heads(exact, x, q[:, :, long], k[:, :, [1]], v[:, :, [1]], segments)
+        assert relative_error(got[:, :, long], whole) < 1e-5
+
+
+@pytest.mark.parametrize("reach", [0, 12], ids=["keeps all", "long window"])
+def test_chunks_and_steps_are_the_full_forward(reach):
+    mixer, time = make(dataclasses.replace(ATTENTION, retrieval_window=reach)), 46
+    whole = mixer(*inputs(time))
+    extend = jax.jit(lambda m, state, *a: m.extend(*a, state, all_of(a[0])))
+    for border in (1, 7, 8, 9, 11, 12, 13, 16, 17):
+        state, got, at = mixer.init_state(2, time, jnp.float32), [], 0
+        sizes = jax.tree.map(jnp.shape, state)
+        for length in (border, 1, 1, 16, 1, time - border - 19):
+            heads, state = extend(mixer, state, *(a[:, at : at + length] for a in inputs(time)))
+            got.append(heads)
+            at += length
+        assert relative_error(jnp.concatenate(got, axis=1), whole) < 1e-5, border
+        assert jax.tree.map(jnp.shape, state) == sizes
+    assert isinstance(state.long, LizardState if reach else KVCache)
+    if reach:
+        mixer.init_state(2, None, jnp.float32)  # no length to be named: nothing grows
+    else:
+        with pytest.raises(UserError, match="max_length"):
+            mixer.init_state(2, None, jnp.float32)
+
+
+def test_a_layer_is_what_its_heads_make_it():
+    def kind(*heads: str, layer: int = 0, **more) -> object:
+        attention = dataclasses.replace(ATTENTION, softmax_heads=heads, **more)
+        return mixer_of(ModelConfig("llama", 11, 10, 8, 2, HEADS, KV, WIDTH, 64, attention=attention), layer,
+                        rngs=nnx.Rngs(0))  # fmt: skip
+
+    assert isinstance(kind("0.1", layer=1), LizardMixer)
+    assert isinstance(kind("0.2", "0.0", "0.1"), SoftmaxMixer)
+    ring = kind("0.2", "0.0", "0.1", retrieval_window=20)
+    assert isinstance(ring, LizardMixer)
+    assert student_of(ring) is None
+    assert isinstance(kind("0.1", softmax_layers=(0,)), SoftmaxMixer)
+    split = kind("0.1")
+    assert isinstance(split, SplitMixer)
+    student = student_of(split)
+    assert student is not None
+    assert student.mixer is split.short
+
+
+@pytest.mark.parametrize(
+    ("heads", "more", "words"),
+    [
+        (("2.0",), {}, "softmax-heads names 2.0, and the model has layers 0 to 1 of key heads 0 to 2"),
+        (("0.3",), {}, "softmax-heads names 0.3"),
+        (("0",), {}, "a key head is LAYER.HEAD"),
+        (("-1.0",), {}, "a key head is LAYER.HEAD"),
+        ([f"{layer}.{head}" for layer in range(2) for head in range(KV)], {}, "names every key head"),
+        (("0.1",), {"retrieval_window": 7}, "retrieval_window=7 is below the window of 8"),
+        (("0.1",), {"retrieval_window": -1}, "retrieval_window=-1 must be"),
+    ],
+)  # fmt: skip
+def test_heads_that_there_are_not_are_refused(heads, more, words):
+    with pytest.raises(UserError, match=words):
+        ModelConfig(
+            "llama", 11, 10, 8, 2, HEADS, KV, WIDTH, 64,
+            attention=dataclasses.replace(ATTENTION, softmax_heads=tuple(heads), **more),
+        )  # fmt: skip
+
+
+def test_one_choice_has_one_spelling():
+    first, second = (
+        dataclasses.replace(ATTENTION, softmax_heads=heads) for heads in (("10.0", "2.1"), ("2.01", "10.0"))
+    )
+    assert first == second
+    assert first.softmax_heads == ("2.1", "10.0")
+
+
+def test_a_long_window_runs_block_by_block(monkeypatch):
+    """The same outputs and gradients as the definition's, and memory far below all scores at once."""
+    monkeypatch.setattr(xla, "LARGEST_BLOCK", 16)
+    rng = np.random.default_rng(0)
+    time, window = 75, 40
+    q = jnp.asarray(rng.normal(size=(2, time, 4, 8)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(2, window + time, 2, 8)), jnp.float32) for _ in range(2))
+    segments = jnp.asarray(np.repeat([[1, 2, 0, 1]], [20, 30, 5, 20], axis=1).repeat(2, axis=0), jnp.int32)
+    near = jnp.concatenate([jnp.ones((2, window), jnp.int32), segments], axis=1)
+    frequencies, sink = jnp.asarray([1.0, 0.3, 0.1, 0.01]), jnp.zeros((4,))
+
+    def loss(attend):
+        def of(q, k, v):
+            y, n = attend(q, k, v, segments, near, sink, frequencies, window)
+            return jnp.sum(jnp.sin(y)) + jnp.where(n > -1e29, n, 0.0).sum(), (y, n)
+
+        return jax.jit(jax.value_and_grad(of, argnums=(0, 1, 2), has_aux=True))
+
+    (_, got), got_grads = loss(xla.attend)(q, k, v)
+    (_, want), want_grads = loss(reference.IMPLEMENTATION.attend)(q, k, v)
+    for a, b in zip((*got, *got_grads), (*want, *want_grads), strict=True):
+        assert relative_error(a, b) < 1e-5
