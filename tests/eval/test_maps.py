@@ -21,6 +21,8 @@ ATTENTION = {
     "sink": LizardConfig(meta="sink", **SMALL),
     "prefix": LizardConfig(meta="prefix", gate="low_rank", gate_bias=False, linear_rope=True, **SMALL),
     "window": LizardConfig(memory="none", **SMALL),
+    "some heads": LizardConfig(softmax_heads=("0.0",), **SMALL),
+    "some heads in a long window": LizardConfig(softmax_heads=("0.1",), retrieval_window=9, **SMALL),
     "softmax": None,
     "sliding": None,
 }

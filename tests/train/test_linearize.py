@@ -5,15 +5,22 @@ import dataclasses
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
+import lizard_jax
 from lizard_jax.convert import __main__ as convert
+from lizard_jax.convert.flax_dir import save_flax
 from lizard_jax.convert.load import load_hf
 from lizard_jax.data.text import load_tokenizer
 from lizard_jax.embedded import corpus, teacher_path
 from lizard_jax.errors import UserError
+from lizard_jax.generate.conversation import load, save
+from lizard_jax.generate.engine import Generation
+from lizard_jax.generate.sampling import Sampling
 from lizard_jax.nn.params import BaseParam
+from lizard_jax.select import choice
 
 
 def test_linearize_writes_a_student_that_was_not_trained(tmp_path):
@@ -58,3 +65,43 @@ def test_a_window_alone_is_written_and_read_without_new_modules(tmp_path):
     ids = jnp.arange(40, dtype=jnp.int32)[None]
     chex.assert_trees_all_close(student(ids), teacher(ids), atol=1e-4)
     assert student.config.attention.memory == "none"
+
+
+@pytest.mark.parametrize("reach", [0, 64], ids=["keeps all", "long window"])
+def test_a_student_with_exact_heads_is_written_read_and_goes_on(tmp_path, reach):
+    """By a ranking's file: through a directory, a text beyond its first cache, and a conversation's file."""
+    ranking = choice.ranking("retrieval", np.asarray([[0.1, 0.2]] * 5 + [[0.9, 0.3]]))
+    (tmp_path / "heads.json").write_text(choice.text(ranking))
+    told = convert.linearize(
+        str(teacher_path()), str(tmp_path / "student"), preset="lizard", window=16, data="embedded", length=256,
+        heads=f"{tmp_path / 'heads.json'}:2", retrieval_window=reach,
+    )  # fmt: skip
+    assert "memory's share" in told
+    student = lizard_jax.load(tmp_path / "student")
+    assert student.config.attention is not None
+    assert student.config.attention.softmax_heads == ("5.0", "5.1")
+    ranking = choice.ranking("retrieval", np.asarray([[0.1, 0.2]] * 5 + [[0.0, 0.3]]))
+    (tmp_path / "heads.json").write_text(choice.text(ranking))
+    convert.linearize(
+        str(teacher_path()), str(tmp_path / "split"), preset="lizard", window=16, data="embedded", length=256,
+        heads=f"{tmp_path / 'heads.json'}:2", retrieval_window=reach,
+    )  # fmt: skip
+    student = lizard_jax.load(tmp_path / "split")
+    assert student.config.attention is not None
+    assert student.config.attention.softmax_heads == ("0.1", "5.1")
+    save_flax(student, tmp_path / "flax", source=tmp_path / "split")
+    again = lizard_jax.load(tmp_path / "flax")
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 1000, (1, 200)), jnp.int32)
+    chex.assert_trees_all_equal(again(ids), student(ids))
+
+    tokenizer = load_tokenizer(teacher_path())
+    prompt = [int(token) for token in ids[0, :70]]
+    whole = Generation(student, tokenizer, [prompt], max_new_tokens=40, sampling=Sampling())
+    list(whole.pieces())
+    first = Generation(student, tokenizer, [prompt], max_new_tokens=20, sampling=Sampling())
+    list(first.pieces())
+    save(tmp_path / "state", first.conversation(), student)
+    state = load(tmp_path / "state", student)
+    rest = Generation(student, tokenizer, [[]], max_new_tokens=20, sampling=Sampling(), earlier=state)
+    list(rest.pieces())
+    assert first.rows[0].tokens + rest.rows[0].tokens == whole.rows[0].tokens

@@ -22,6 +22,7 @@ from lizard_jax.embedded import teacher_path
 from lizard_jax.errors import UserError
 from lizard_jax.models import build
 from lizard_jax.nn.params import LoraParam, NewParam
+from lizard_jax.select import choice
 from lizard_jax.train import __main__ as train
 from lizard_jax.train.checkpoint import named
 from lizard_jax.train.run import fingerprint, load_run
@@ -73,6 +74,39 @@ def _refused(capsys, argv, told):
     assert stderr.startswith("error: ")
     assert stderr.count("\n") == 1
     assert told in stderr
+
+
+def test_heads_of_a_ranking_keep_softmax_through_both_stages(tmp_path, line, capsys):
+    """Named once by a file; a begun run and stage 2 keep their choice, whatever has become of the file."""
+    file = tmp_path / "heads.json"
+    file.write_text(choice.text(choice.ranking("retrieval", np.asarray([[0.2, 0.8]]))))
+    own = [*line, "--heads", f"{file}:1", "--out", str(tmp_path / "run")]
+    assert train.main(["--stage=1", *own]) == 0
+    record = json.loads((tmp_path / "run" / "stage1" / "run.json").read_text())
+    assert record["config"]["attention"]["softmax_heads"] == ["0.1"]
+    new = named(nnx.state(load_run(tmp_path / "run" / "stage1")[0], NewParam))
+    assert new["layers/0/attention/mixer/short/phi_q/kernel"].shape[0] == 2
+    start = load_hf(json.loads((tmp_path / "run" / "stage1" / "run.json").read_text())["teacher"]["path"],
+                    attention=load_run(tmp_path / "run" / "stage1")[0].config.attention)  # fmt: skip
+    fresh = named(nnx.state(start, NewParam))
+    assert all(np.abs(np.asarray(new[name] - fresh[name])).max() > 0 for name in new)
+    file.unlink()
+    assert train.main(["--stage=1", *own]) == 0
+    assert train.main(["--stage=2", *line, "--out", str(tmp_path / "run")]) == 0
+    second, _ = load_run(tmp_path / "run" / "stage2")
+    assert second.config.attention.softmax_heads == ("0.1",)
+    capsys.readouterr()
+    _refused(capsys, ["--stage=2", *line, "--heads", "auto:1", "--out", str(tmp_path / "run")], "heads='auto:1'")
+    other = ["--stage=1", *line, "--heads", "auto:1", "--softmax-heads", "0.0", "--out", str(tmp_path / "other")]
+    _refused(capsys, other, "give one of them")
+    _refused(capsys, ["--stage=1", *line, "--heads", str(file), "--out", str(tmp_path / "other")], "heads.json")
+
+
+def test_heads_are_chosen_automatically(tmp_path, line):
+    """The minute teacher's context of 64 tokens holds a needle and its question."""
+    assert train.main(["--stage=1", *line, "--heads", "auto:1", "--out", str(tmp_path / "run")]) == 0
+    record = json.loads((tmp_path / "run" / "stage1" / "run.json").read_text())
+    assert record["config"]["attention"]["softmax_heads"] in (["0.0"], ["0.1"])
 
 
 def test_a_stage_leaves_its_report(first):
