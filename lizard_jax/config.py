@@ -73,6 +73,7 @@ class LizardConfig:
         "evicted", "what the linear branch holds: all tokens, those that left the window, or none (window only)"
     )
     combine: Literal["sum", "joint"] = option("joint", "y_g + alpha*y_w, or one softmax over both branches")
+    kept: int = option(0, "X, the exact pairs a key head keeps of what left its window, by attention received")
     gate: Literal["scalar", "mamba2", "low_rank", "channel", "pooled", "none"] = option("scalar", "forget gate")
     gate_bias: bool = option(True, "give the scalar gate a learned bias, spread from 1 to 6 across the heads")
     state_heads: Literal["kv", "query"] = option("kv", "one state per key/value head, or per query head")
@@ -101,6 +102,15 @@ class LizardConfig:
         for name in ("window", "chunk", "meta_tokens"):
             if not 1 <= getattr(self, name) <= 2**24:
                 raise UserError(f"attention {name}={getattr(self, name)} must be at least 1 and at most {2**24}")
+        if not 0 <= self.kept <= 2**20:
+            raise UserError(f"attention kept={self.kept} must be 0 (none) or up to {2**20}")
+        if self.kept and self.memory == "all":
+            raise UserError("attention kept pairs need memory=evicted or none: with memory=all they would count twice")
+        if self.kept and self.chunk > self.window:
+            raise UserError(
+                f"attention kept pairs are chosen once in {self.chunk} tokens (chunk), before those leave the window of "
+                f"{self.window}; give a chunk of at most the window"
+            )
         if not 0 <= self.retrieval_window <= 2**24:
             raise UserError(f"attention retrieval_window={self.retrieval_window} must be 0 (keep all) or up to {2**24}")
         if 0 < self.retrieval_window < self.window:

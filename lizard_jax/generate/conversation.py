@@ -45,8 +45,9 @@ def fingerprint(model: Llama) -> str:
     settings = to_dict(model.config)
     if settings["rope"]["yarn"] is None:
         del settings["rope"]["yarn"]  # states of before there was one are still known
-    if settings["attention"] and not settings["attention"]["softmax_heads"]:
-        del settings["attention"]["softmax_heads"], settings["attention"]["retrieval_window"]  # the same
+    for name in ("softmax_heads", "retrieval_window", "kept"):
+        if settings["attention"] and not settings["attention"][name]:
+            del settings["attention"][name]  # the same
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for path, leaf in jax.tree_util.tree_flatten_with_path(nnx.state(model))[0]:
         digest.update(sharding.path_name(path).encode())

@@ -46,7 +46,7 @@ def ring_of(config: ModelConfig, kv_heads: int) -> ModelConfig:
     assert config.attention is not None
     return of_heads(
         config, kv_heads, memory="none", combine="joint", meta="prefix", window=config.attention.retrieval_window,
-        retrieval_window=0,
+        retrieval_window=0, kept=0,
     )  # fmt: skip
 
 

@@ -99,10 +99,10 @@ def sliding_window(
         attend = partition.spread(attend, roles, (TOKENS, TOKENS), B, (N, K))
     parts = [attend(q, k, v, q_segments.astype(jnp.int32), k_segments.astype(jnp.int32), logit, frequencies)]
     if pairs[0]:
-        parts.append(meta.learned(q, *pairs[0], q_segments))
+        parts.append(meta.attend_learned(q, *pairs[0], q_segments))
     if pairs[1]:
         assert positions is not None
-        parts.append(meta.prefix(q, *pairs[1], q_segments, positions, frequencies, window))
+        parts.append(meta.attend_prefix(q, *pairs[1], q_segments, positions, frequencies, window))
     return parts[0] if len(parts) == 1 else meta.merge(parts, v.dtype)
 
 

@@ -55,7 +55,7 @@ def _attend(
     return y.reshape(B, T, N, H), jnp.where(there, jnp.log(total) + top, ABSENT)
 
 
-def learned(
+def attend_learned(
     q: Float[Array, "B T N H"],
     k: Float[Array, "M K H"],
     v: Float[Array, "M K H"],
@@ -67,7 +67,7 @@ def learned(
     return _attend(q, jnp.broadcast_to(k, shape).astype(q.dtype), jnp.broadcast_to(v, shape), met)
 
 
-def prefix(
+def attend_prefix(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B P M K H"],
     v: Float[Array, "B P M K H"],
@@ -88,3 +88,26 @@ def prefix(
         k = rotate(k, *tables(frequencies, jnp.arange(tokens)))
     met = (jnp.arange(tokens, dtype=positions.dtype) <= positions[..., None] - window) & (q_segments != 0)[..., None]
     return _attend(q, k, v, met)
+
+
+def beside(
+    q: Float[Array, "B T N H"],
+    q_segments: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    *,
+    window: int,
+    frequencies: Float[Array, " H/2"] | None,
+    sink: Float[Array, " N"] | None,
+    learned: tuple[Array, Array] | None,
+    prefix: tuple[Array, Array] | None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """All meta memory of a query as one softmax beside its window: arguments as ``sliding_window`` has them."""
+    wide = accumulator(q.dtype)
+    logit = jnp.full((q.shape[2],), ABSENT, wide) if sink is None else sink.astype(wide)
+    sunk = jnp.where((q_segments != 0)[..., None], logit, ABSENT)
+    parts = [(jnp.zeros(q.shape, wide), sunk)]
+    if learned is not None:
+        parts.append(attend_learned(q, *learned, q_segments))
+    if prefix is not None:
+        parts.append(attend_prefix(q, *prefix, q_segments, positions, frequencies, window))
+    return parts[0] if len(parts) == 1 else merge(parts, wide)
