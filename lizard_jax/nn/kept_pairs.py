@@ -1,9 +1,9 @@
 """Exact pairs that a key head keeps of what has left its window, chosen by the attention they received.
 
-The past of a query is four disjoint sets: the first tokens, the last W, the kept pairs E (at most X a key head), and all
-the rest in the gated state. Time is cut into blocks of C queries that share one choice. At a block's border, the tokens
-that will leave the window during it compete with E for its places: those stay that received most attention so far,
-summed over the key head's query heads, of the exact part alone, and faded at each border. A token that loses as it
+The past of a query is four disjoint sets: the first tokens, the last W, the kept pairs E (at most X a key head), and
+all the rest in the gated state. Time is cut into blocks of C queries that share one choice. At a block's border, the
+tokens that will leave the window during it compete with E for its places: those stay that received most attention so
+far, summed over the key head's query heads, of the exact part alone, and faded at each border. A token that loses as it
 leaves enters the state then; one that loses its place later enters it at that border, and decays from there.
 
 The choice reads the past alone and carries no gradient. Borders lie at multiples of C of the sequence, packed documents
@@ -19,7 +19,7 @@ from lizard_jax.nn.numerics import ABSENT, accumulation_dtype
 from lizard_jax.nn.rope import cos_sin, rotate
 from lizard_jax.typing import Array, Bool, Float, Int
 
-FADE = 0.7
+FADE = 0.9
 """What a border leaves of the attention received before it (benchmarks/kept.py)."""
 
 
@@ -123,8 +123,8 @@ def read(
 
     def step(carry: tuple[KeptPairs, Array], number: Array) -> tuple[tuple[KeptPairs, Array], tuple[Array, ...]]:
         pairs, near = carry
-        own = tuple(cut(x, number, block) for x in (q, asks, other))
-        keys = tuple(cut(x, number, window + block) for x in (k, v, start))
+        own = (cut(q, number, block), cut(asks, number, block), cut(other, number, block))
+        keys = (cut(k, number, window + block), cut(v, number, window + block), cut(start, number, window + block))
         active = own[1].any(axis=1)
         # The keys of this block: those of the one before, moved on by a block.
         moved = jnp.pad(near[:, :, block:], ((0, 0), (0, 0), (0, block)))
@@ -239,12 +239,10 @@ def _choose(
     # Of the living old pairs, those that are no longer there: at most as many as could come in.
     gone = border[:, None, None] & alive & ~(pairs.index[..., None] == chosen.index[:, :, None]).any(axis=-1)
     order = jnp.argsort(~gone, axis=2, stable=True)[:, :, : min(block, count)]
-    lost_index = jnp.where(
-        jnp.take_along_axis(gone, order, axis=2), jnp.take_along_axis(pairs.index, order, axis=2), -1
-    )
-    lost = tuple(jnp.take_along_axis(x, order[..., None], axis=2) for x in (pairs.k, pairs.v))
+    there, index = (jnp.take_along_axis(x, order, axis=2) for x in (gone, pairs.index))
+    lost_k, lost_v = (jnp.take_along_axis(x, order[..., None], axis=2) for x in (pairs.k, pairs.v))
     faded = jnp.where(border[:, None, None], FADE * near, near)
-    return chosen, faded, stays, (*lost, lost_index)
+    return chosen, faded, stays, (lost_k, lost_v, jnp.where(there, index, -1))
 
 
 def _attend(

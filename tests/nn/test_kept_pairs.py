@@ -45,7 +45,7 @@ def _row(mixer, x, q, k, v, seg):
     for g in range(groups):
         kept, received, entered = [], np.zeros(time), {}  # entered: the first gate that a token in the state decays by
         for i in range(time):
-            document = [j for j in range(begins[i], i + 1)] if seg[i] else []
+            document = list(range(begins[i], i + 1)) if seg[i] else []
             prefix = {j for j in document if s.meta == "prefix" and j - begins[i] < s.meta_tokens}
             if i % s.chunk == 0 and seg[i]:
                 received *= FADE
@@ -66,7 +66,7 @@ def _row(mixer, x, q, k, v, seg):
             for n in range(g * group, (g + 1) * group):
                 at = i - begins[i]
 
-                def score(j, at, n=n, i=i):
+                def score(j, at, n=n, i=i, g=g):
                     if not s.window_rope:
                         return q[i, n] @ k[j, g] / width**0.5
                     turned = _rotated(q[i, n][None], np.array([at]), theta)[0]
@@ -169,7 +169,7 @@ def test_a_kept_pair_outlives_any_window_and_its_distance_is_cut_at_the_teacher_
     heads = np.asarray(run(mixer, *(jnp.asarray(a) for a in (x, q, k, v))))
     for at in (W + 10, 4 * context, 16 * context):
         distance = min(at - 5, context - C + at % C)
-        near = [j for j in range(at - W + 1, at + 1)]
+        near = list(range(at - W + 1, at + 1))
         for n in range(q.shape[2]):
             g = n // 2
             logs = [
