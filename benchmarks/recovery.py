@@ -4,11 +4,12 @@
     uv run benchmarks/recovery.py --teacher runs/smollm2 --train books.txt alpaca.json --score wikitext.txt
     uv run --extra eval benchmarks/recovery.py … --hellaswag hellaswag.txt.bz2 --book books.txt --lengths 1024 2048 4096
 
-Rows are students of the teacher: ours; the same bytes with a quarter of the features and the window that this pays for;
-and windows alone with the same real first tokens, as wide and as wide as our state's bytes would buy. Each is scored
-before training, after stage 1 and after stage 2, all with one budget, one order of the same data and one pair of
-learning rates. Loss is by position (the number of tokens before a prediction), in articles or
-books of ``--score`` of which nothing was trained on: of each, its first tokens, as many as the longest extent takes.
+Rows are students of the teacher: ours; the same bytes with a quarter of the features and the window, or the kept pairs,
+that this pays for; windows alone with the same real first tokens, as wide, as wide as our state's bytes would buy, and
+with kept pairs in their place; and with ``--heads`` two that keep some key heads whole. Each is scored before training,
+after stage 1 and after stage 2, all with one budget, one order of the same data and one pair of learning rates. Loss is
+by position (the number of tokens before a prediction), in articles or books of ``--score`` of which nothing was trained
+on: of each, its first tokens, as many as the longest extent takes.
 ``±`` is the standard error of the mean difference from the teacher in the last bucket, paired by text.
 
 Asked for by their flags: ``--hellaswag`` scores questions; ``--book`` hides in the last text of that file, which no
@@ -56,6 +57,7 @@ from lizard_jax.eval import passkey, recall, retrieval
 from lizard_jax.eval.perplexity import by_slices, token_losses
 from lizard_jax.generate.prompts import end_tokens
 from lizard_jax.models import Llama, build
+from lizard_jax.select.choice import resolved
 from lizard_jax.train.linearize import linearize
 
 mpl.use("Agg")
@@ -73,7 +75,7 @@ WHENS = ("no training", "stage 1", "stage 2")
 # ------------------------------------------------------------------------------------------------- what is compared
 
 
-def students(window: int, teacher: Path) -> dict[str, LizardConfig]:
+def students(window: int, teacher: Path, heads: tuple[str, ...] = ()) -> dict[str, LizardConfig]:
     """By name, the attention of each row."""
     ours = dataclasses.replace(preset("lizard"), window=window)
     shape = model_config(read_json(teacher / "config.json"))
@@ -84,14 +86,30 @@ def students(window: int, teacher: Path) -> dict[str, LizardConfig]:
         return 2 * half * (shape.head_dim + 1) * 4 // (2 * shape.head_dim * 2)
 
     wider, quarter = window + worth(half), half // 4
-    return {
+    narrow = dataclasses.replace(ours, feature_half=quarter, window=wider - worth(quarter))
+    blocks = {"chunk": min(ours.chunk, window)}
+    count = pairs_worth(wider - worth(quarter), window, shape.head_dim)
+    pairs = dataclasses.replace(ours, feature_half=quarter, kept=count, **blocks)
+    alone = dataclasses.replace(ours, memory="none", kept=pairs_worth(wider, window, shape.head_dim), **blocks)
+    out = {
         "lizard": ours,
-        "lizard, a quarter of the features": dataclasses.replace(
-            ours, feature_half=quarter, window=wider - worth(quarter)
-        ),
+        "lizard, a quarter of the features": narrow,
+        "lizard, kept pairs": pairs,
+        "window and kept pairs": alone,
         "window": dataclasses.replace(ours, memory="none"),
         "window, equal bytes": dataclasses.replace(ours, memory="none", window=wider),
     }
+    if heads:
+        out["lizard, kept pairs, exact heads"] = dataclasses.replace(pairs, softmax_heads=heads)
+        out["window, exact heads"] = dataclasses.replace(ours, memory="none", softmax_heads=heads)
+    return out
+
+
+def pairs_worth(tokens: int, window: int, head_dim: int) -> int:
+    """Kept pairs that cost as much as ``tokens`` of a window, beside a window of ``window``: keys and values in bf16,
+    and the numbers that decide about them."""
+    pair = 2 * head_dim * 2
+    return (tokens * pair - window * (pair + 4)) // (pair + 8)
 
 
 def state_bytes(teacher: Path, attention: LizardConfig | None, length: int) -> int:
@@ -100,6 +118,11 @@ def state_bytes(teacher: Path, attention: LizardConfig | None, length: int) -> i
     model = nnx.eval_shape(lambda: build(shape, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     state = jax.eval_shape(lambda: model.init_state(1, length))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def sizes(told: argparse.Namespace, attention: LizardConfig | None) -> dict[str, int]:
+    """By extent, the bytes of one sequence's state."""
+    return {str(extent): state_bytes(told.teacher, attention, extent) for extent in told.extents}
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -136,6 +159,7 @@ def flags(attention: LizardConfig) -> list[str]:
         value = getattr(attention, field.name)
         if value != getattr(base, field.name):
             flag = field.name.replace("_", "-")
+            value = ",".join(map(str, value)) if isinstance(value, tuple) else value
             out.append(f"--{flag}={value}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}")
     return out
 
@@ -235,7 +259,8 @@ def book(told: argparse.Namespace) -> str:
 def passkeys(told: argparse.Namespace, model: Llama, tokenizer: Any, keys: int) -> dict[str, float]:
     """By length, the percentage of passkeys told right, one depth after the other."""
     ruler = Measure(tokenizer, sentences(book(told)))
-    form = "chat" if tokenizer.chat_template else "plain"
+    # A lone passkey is asked for as a sentence to end: a small model that chats may say much before it.
+    form = "chat" if tokenizer.chat_template and keys > 1 else "plain"
     sets = [PasskeySet(ruler, length, keys, (5, 5), form, depths=told.samples) for length in told.lengths]
     result = passkey.measure(model, sets, samples=1, batch=1, eos=end_tokens(str(told.teacher), tokenizer))
     by_length: dict[int, list[float]] = {}
@@ -351,12 +376,19 @@ def task_table(rows: dict[str, Any]) -> Iterator[str]:
     yield ""
 
 
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A row with what was measured of it now, and what earlier runs did at other extents or tasks."""
+    return {part: old.get(part, {}) | new.get(part, {}) for part in ("bytes", "scores", "tasks")}
+
+
 def write(told: argparse.Namespace, settings: dict[str, Any], rows: dict[str, Any]) -> None:
     """The table as JSON and Markdown, and as a picture."""
     stem = told.table
     old = json.loads(stem.with_suffix(".json").read_text()) if stem.with_suffix(".json").is_file() else {}
     if old.get("settings") == settings:
-        rows = {name: rows.get(name, row) for name, row in old["rows"].items()} | rows
+        rows = {name: merged(row, rows.get(name, {})) for name, row in old["rows"].items()} | {
+            name: row for name, row in rows.items() if name not in old["rows"]
+        }
     write_atomic(stem.with_suffix(".json"), json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     lines = list(task_table(rows))
     for extent in map(str, told.extents):
@@ -370,7 +402,8 @@ def write(told: argparse.Namespace, settings: dict[str, Any], rows: dict[str, An
             cells = [f"{loss:.3f}" for loss in row["scores"][extent]["losses"]]
             if name != "teacher":
                 cells[-1] += f" ± {row['scores'][extent]['error']:.3f}"
-            lines.append(f"| {name} | {row['bytes'] / 2**20:.2f} | " + " | ".join(cells) + " |")
+            size = row["bytes"][extent]
+            lines.append(f"| {name} | {size / 2**20:.2f} | " + " | ".join(cells) + " |")
         lines.append("")
     write_atomic(stem.with_suffix(".md"), "\n".join(lines[:-1]) + "\n")
     print("\n".join(lines))
@@ -386,7 +419,8 @@ def write(told: argparse.Namespace, settings: dict[str, Any], rows: dict[str, An
     for name, row in rows.items():
         if longest in row["scores"]:
             style = "k--" if name == "teacher" else "o-" if name.startswith("lizard") else "s:"
-            axis.plot(ends, row["scores"][longest]["losses"], style, label=f"{name} ({row['bytes'] / 2**20:.1f} MiB)")
+            label = f"{name} ({row['bytes'][longest] / 2**20:.1f} MiB)"
+            axis.plot(ends, row["scores"][longest]["losses"], style, label=label)
     axis.set(xscale="log", xlabel="position, up to", ylabel="loss, nats a token")
     axis.minorticks_off()
     axis.set_xticks(ends, [f"{end:,}" for end in ends])
@@ -419,6 +453,9 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="of texts that hide some")
     parser.add_argument("--samples", type=int, default=8, help="texts of each length (default %(default)s)")
     parser.add_argument("--ask", action="store_true", help="write down some answers of each row")
+    parser.add_argument(
+        "--heads", default="", metavar="FILE:N", help="rows whose exact key heads a ranking of `lizard select` names"
+    )
     parser.add_argument("--rows", nargs="+", default=None, help="these rows alone")
     parser.add_argument("--whens", nargs="+", choices=WHENS, default=WHENS, help="these moments alone")
     parser.add_argument("--out", type=Path, default=Path("runs/recovery"), help="where the runs go")
@@ -441,16 +478,16 @@ def run(told: argparse.Namespace) -> int:
         raise UserError(f"the tokenizer in {told.teacher} has no chat template to ask through; leave out --ask")
     told.out.mkdir(parents=True, exist_ok=True)
     text = training_text(told.train, tokenizer, told.out)
-    variants = students(told.window, told.teacher)
+    exact = resolved(told.heads, told.teacher, told.window) if told.heads else ()
+    variants = students(told.window, told.teacher, exact)
     unknown = set(told.rows or ()) - set(variants)
     if unknown:
         raise UserError(f"no row {', '.join(sorted(unknown))}; choose from {', '.join(variants)}")
-    longest = max(told.extents)
     original = once(lambda: load_hf(told.teacher, dtype="float32"))
     teacher = scored(told, original, told.out / "teacher")
     rows: dict[str, Any] = {
         "teacher": {
-            "bytes": state_bytes(told.teacher, None, longest), "scores": summary(teacher, teacher),
+            "bytes": sizes(told, None), "scores": summary(teacher, teacher),
             "tasks": done(told, original, told.out / "teacher"),
         }
     }  # fmt: skip
@@ -481,7 +518,7 @@ def run(told: argparse.Namespace) -> int:
             kept = where / "scores" / when.replace(" ", "_")
             ready = once(lambda a=attention, w=when, p=where: student(told, a, w, p, text))
             rows[f"{name}, {when}"] = {
-                "bytes": state_bytes(told.teacher, attention, longest),
+                "bytes": sizes(told, attention),
                 "scores": summary(scored(told, ready, kept), teacher), "tasks": done(told, ready, kept),
             }  # fmt: skip
             write(told, settings, rows)
