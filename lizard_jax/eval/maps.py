@@ -60,7 +60,7 @@ def _mixer_maps(mixer: Any, normed: Any, q: Any, k: Any, v: Any) -> Maps:
             )
         )
     if isinstance(mixer, LizardMixer):
-        return _lizard(mixer, normed, q, k)
+        return _probed(mixer, normed, q, k) if mixer.switches.kept else _lizard(mixer, normed, q, k)
     queries, keys = _f64(q)[0], _f64(k)[0]
     time, heads = queries.shape[:2]
     positions, kv = np.arange(time), keys.shape[1]
@@ -101,6 +101,41 @@ def _lizard(mixer: "LizardMixer", x: Any, q: Any, k: Any) -> Maps:
             near, far = _softmax(both)[0].T
         parts.append((near[:, None] * window, far[:, None] * gated, near * meta))
     return Maps(*(np.stack(part) for part in zip(*parts, strict=True)))
+
+
+def _probed(mixer: "LizardMixer", x: Any, q: Any, k: Any) -> Maps:
+    """The map where pairs are kept, whose choice has no closed form: read off with values that say who they are.
+
+    It is as exact as the mixer's own dtype. Kept pairs count to the window.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    time, (groups, width) = q.shape[1], k.shape[2:]
+    run = jax.jit(lambda mixer, v: vars(mixer.branches(x, q, k, v)))
+    near, far = [], []
+    found: dict[str, Any] = {}
+    for start in range(0, time, width):
+        own = np.zeros((1, time, groups, width), np.float32)
+        for place in range(start, min(start + width, time)):
+            own[0, place, :, place - start] = 1.0
+        found = run(mixer, jnp.asarray(own, k.dtype))
+        count = min(width, time - start)
+        near.append(np.moveaxis(_f64(found["near"])[0, :, :, :count], 1, 0))
+        if found["far"] is not None:
+            far.append(np.moveaxis(_f64(found["far"])[0, :, :, :count], 1, 0))
+    window = np.concatenate(near, axis=2)
+    meta = 1.0 - window.sum(axis=2)
+    if not far:
+        return Maps(window, np.zeros_like(window), meta)
+    gated = np.concatenate(far, axis=2)
+    if mixer.alpha is not None:
+        alpha = float(mixer.alpha[...])
+        return Maps(alpha * window, gated, alpha * meta)
+    assert mixer.beta is not None
+    logs = _f64(found["near_log"])[0].T, _f64(found["far_log"])[0].T + _f64(mixer.beta[...])[:, None]
+    share = np.exp(logs[0] - np.logaddexp(*logs))
+    return Maps(share[..., None] * window, (1 - share)[..., None] * gated, share * meta)
 
 
 def _window(

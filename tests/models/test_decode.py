@@ -39,9 +39,19 @@ def ids(length, batch=2):
         {"rope": RopeConfig(kind="dynamic", factor=2.0, original_max_positions=64)},
         {"attention": LizardConfig(window=8, chunk=4, softmax_layers=(0,))},
         {"attention": LizardConfig(window=8, chunk=4, softmax_heads=("0.1", "1.0"))},
+        {"attention": LizardConfig(window=8, chunk=4, softmax_heads=("0.1", "1.0"), kept=3)},
         {"attention": LizardConfig(window=8, chunk=4, softmax_heads=("0.1", "1.0"), retrieval_window=16)},
     ],
-    ids=["llama", "window", "window_in_one_layer", "dynamic_rope", "one_softmax_layer", "some_heads", "long_window"],
+    ids=[
+        "llama",
+        "window",
+        "window_in_one_layer",
+        "dynamic_rope",
+        "one_softmax_layer",
+        "some_heads",
+        "some_heads_and_pairs",
+        "long_window",
+    ],
 )
 def test_chunks_and_steps_equal_the_full_forward(changes):
     model = model_of(**changes)

@@ -92,6 +92,7 @@ def test_the_start_is_the_best_of_its_candidates_and_no_worse_than_the_window():
     [
         ({}, True),
         ({"gate": "mamba2", "gate_bias": False}, True),
+        ({"gate": "mamba2", "gate_bias": False, "kept": 3, "chunk": 4}, True),
         ({"memory": "none"}, False),
         ({"measured_start": False}, False),
     ],
@@ -125,3 +126,15 @@ def test_slow_maps_see_slow_pairs_alone_and_are_shared_by_a_group():
     used = (k_map != 0).any(axis=(0, 2))
     np.testing.assert_array_equal(used, np.concatenate([slow, slow]))
     assert jax.tree.leaves(nnx.state(mixer.phi_q))[0].dtype == jnp.float32
+
+
+def test_layers_of_fewer_heads_start_alike_and_are_told_with_gaps():
+    attention = dataclasses.replace(ATTENTION, softmax_heads=("0.1",), kept=2, chunk=4)
+    model = random_model(dataclasses.replace(CONFIG, attention=attention))
+    found = start.measure_start(model, [make_batch(0), make_batch(1)])
+    assert found.share.shape == (3, 4)
+    assert np.isnan(found.share).sum(axis=1).tolist() == [2, 0, 0]
+    assert np.isnan(found.age).sum(axis=1).tolist() == [1, 0, 0]
+    assert "memory's share" in found.summary()
+    assert "nan" not in found.summary()
+    assert (found.error <= found.window_error * 1.01).all()
