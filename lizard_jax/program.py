@@ -1,8 +1,54 @@
-"""What a command calls itself."""
+"""What every command has in common: what it calls itself, and how it ends whatever happens to it."""
 
+import os
 import sys
+from collections.abc import Callable
+
+from lizard_jax.errors import UserError
 
 
 def program(otherwise: str) -> str:
     """``lizard NAME`` where the command was called so, for its help and its errors."""
     return sys.argv[0] if sys.argv[0].startswith("lizard ") else otherwise
+
+
+def ended(work: Callable[[], int], *, interrupted: str) -> int:
+    """Does a command's work and returns its exit code; what goes wrong outside is one line on stderr.
+
+    Args:
+        work: returns the exit code; its output reaches stdout before this returns.
+        interrupted: what to say after Ctrl-C.
+
+    Returns:
+        ``work``'s code; 2 after bad input, a file that cannot be read or written, or an output that was closed or is
+        full; 130 after Ctrl-C.
+    """
+    try:
+        code = work()
+        sys.stdout.flush()
+    except UserError as error:
+        return _failed(f"error: {' '.join(str(error).split())}", 2)
+    except BrokenPipeError:
+        _silence()
+        return _failed("error: the output was closed before all of it was written", 2)
+    except OSError as error:
+        if error.filename is None:
+            _silence()
+        return _failed(f"error: {error.filename or 'the output cannot be written'}: {error.strerror or error}", 2)
+    except KeyboardInterrupt:
+        return _failed(interrupted, 130)
+    return code
+
+
+def _failed(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code
+
+
+def _silence() -> None:
+    """What is left in stdout's buffer cannot be written either, and Python would say so once more at its end."""
+    try:
+        place = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return  # no file: a test's stand-in
+    os.dup2(os.open(os.devnull, os.O_WRONLY), place)

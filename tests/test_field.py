@@ -10,9 +10,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lizard_jax
+from lizard_jax.atomic import finite
 from lizard_jax.config import DataConfig, LizardConfig
 from lizard_jax.convert.hf_config import model_config
 from lizard_jax.convert.load import load_hf
+from lizard_jax.data import template
 from lizard_jax.data.records import documents
 from lizard_jax.data.text import Document, affixes, load_tokenizer, tokenize
 from lizard_jax.errors import UserError
@@ -476,3 +478,36 @@ def test_a_teacher_that_is_not_finite_is_named_and_not_the_learning_rate(tmp_pat
     told = capsys.readouterr().err.splitlines()[-1]
     assert "for the teacher's layers/0/mlp/down_proj/kernel holds NaN or infinity; its weights are damaged" in told
     assert "learning-rate" not in told
+
+
+@pytest.mark.parametrize("command", ["perplexity", "passkey"])
+def test_an_evaluation_names_what_is_not_finite(tmp_path, capsys, command):
+    from lizard_jax.eval.__main__ import main as evaluate
+
+    place = scripted(tmp_path / "model")
+    tensors = load_file(place / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 4] = np.inf
+    save_file(tensors, place / "model.safetensors")
+    (tmp_path / "text.txt").write_text("abc " * 60)
+    more = {"perplexity": ["--data", str(tmp_path / "text.txt")], "passkey": ["--lengths", "1024", "--samples", "1"]}
+    assert evaluate([command, str(place), *more[command], "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.endswith("is damaged: its parameter layers/0/mlp/down_proj/kernel holds NaN or infinity")
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_no_result_holds_what_json_has_no_word_for():
+    found = finite({"a": float("nan"), "b": [1.0, float("-inf")], "c": {"d": (2, "x")}})
+    assert json.loads(json.dumps(found, allow_nan=False)) == {"a": None, "b": [1.0, None], "c": {"d": [2, "x"]}}
+
+
+def test_a_template_that_loops_without_end_is_stopped(tmp_path, monkeypatch):
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    place = scripted(tmp_path / "model", chat_template=endless)
+    monkeypatch.setattr(template, "PATIENCE", 0.3)
+    with pytest.raises(UserError, match=r"the chat template refuses these messages: it takes longer than 0\.3 seconds"):
+        lizard_jax.load(place).generate("hello", chat=True)
+    row = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "abc"}]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="takes longer than"):
+        list(documents(DataConfig(path=str(tmp_path / "chat.jsonl"), format="chat"), load_tokenizer(place)))

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lizard_jax.errors import UserError
-from lizard_jax.program import program
+from lizard_jax.program import ended, program
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -64,6 +63,14 @@ def arguments() -> argparse.ArgumentParser:
     linear.add_argument(
         "--sequence-length", type=int, default=2048, metavar="T",
         help="tokens read in one go, several windows (default %(default)s)",
+    )  # fmt: skip
+    linear.add_argument(
+        "--kept", type=int, default=0, metavar="X",
+        help="exact pairs a key head keeps of what left its window (default %(default)s)",
+    )  # fmt: skip
+    linear.add_argument(
+        "--feature-half", type=int, default=0, metavar="N",
+        help="half-width of the feature map; 0 leaves it to the preset (default %(default)s)",
     )  # fmt: skip
     linear.add_argument(
         "--heads", default="", metavar="FILE:N",
@@ -118,7 +125,7 @@ def flax2hf(src: str, dst: str, *, adapter: bool, teacher: str | None = None) ->
 
 def linearize(
     src: str, dst: str, *, preset: str, window: int, data: str, length: int, memory: str | None = None,
-    heads: str = "", retrieval_window: int = 0,
+    heads: str = "", retrieval_window: int = 0, kept: int = 0, feature_half: int = 0,
 ) -> str:  # fmt: skip
     """Runs ``linearize`` and returns the lines that say what was measured and written."""
     import dataclasses
@@ -129,7 +136,11 @@ def linearize(
     from lizard_jax.train.linearize import linearize as student_of
 
     refuse_existing(dst)
-    attention = dataclasses.replace(config.preset(preset), window=window)
+    given = config.preset(preset)
+    more: dict[str, int] = {"feature_half": feature_half} if feature_half else {}
+    if kept:
+        more |= {"kept": kept, "chunk": min(given.chunk, window)}
+    attention = dataclasses.replace(given, window=window, **more)
     if memory is not None:
         attention = dataclasses.replace(attention, memory=memory)
     if heads:
@@ -184,29 +195,23 @@ def main() -> int:
     """Runs the command line; returns the exit code."""
     # Conversion computes nothing: the accelerator's memory is left to others.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    return ended(_main, interrupted="interrupted; nothing was written")
+
+
+def _main() -> int:
     told = arguments().parse_args()
-    try:
-        if told.command == "hf2flax":
-            print(hf2flax(told.src, told.dst))
-        elif told.command == "linearize":
-            print(
-                linearize(
-                    told.src, told.dst, preset=told.preset, window=told.window, data=told.data,
-                    length=told.sequence_length, memory=told.memory, heads=told.heads,
-                    retrieval_window=told.retrieval_window,
-                )
-            )  # fmt: skip
-        else:
-            print(flax2hf(told.src, told.dst, adapter=told.adapter, teacher=told.teacher))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or told.dst}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    if told.command == "hf2flax":
+        print(hf2flax(told.src, told.dst))
+    elif told.command == "linearize":
+        print(
+            linearize(
+                told.src, told.dst, preset=told.preset, window=told.window, data=told.data,
+                length=told.sequence_length, memory=told.memory, heads=told.heads,
+                retrieval_window=told.retrieval_window, kept=told.kept, feature_half=told.feature_half,
+            )
+        )  # fmt: skip
+    else:
+        print(flax2hf(told.src, told.dst, adapter=told.adapter, teacher=told.teacher))
     return 0
 
 

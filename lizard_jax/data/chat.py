@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
+from lizard_jax.data.template import rendered
 from lizard_jax.data.text import Document, Spans
 from lizard_jax.errors import UserError
 
@@ -87,7 +88,7 @@ def _render(
     tokenizer: Any, messages: list[dict[str, Any]], *, where: str, options: dict[str, Any], prompt: bool = False
 ) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **options)
+        return rendered(tokenizer, messages, tokenize=False, add_generation_prompt=prompt, **options)
     # A template raises through jinja for what it refuses, and fails in any other way where it is careless.
     except Exception as error:
         raise UserError(f"the chat template refuses {where}: {str(error).strip() or type(error).__name__}") from None
@@ -102,7 +103,8 @@ def _closing(text: str, tokenizer: Any) -> str | None:
 
 def _marked(tokenizer: Any, messages: list[dict[str, Any]], options: dict[str, Any]) -> Spans:
     """The spans of the tokens that the template itself marks."""
-    encoded = tokenizer.apply_chat_template(
+    encoded = rendered(
+        tokenizer,
         messages,
         tokenize=True,
         return_dict=True,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lizard_jax.data.records import alpaca_document
+from lizard_jax.data.template import rendered
 from lizard_jax.data.text import Document, affixes
 from lizard_jax.errors import UserError
 
@@ -92,7 +93,7 @@ class Question:
                     f"the tokenizer {tokenizer.name_or_path or '?'} has no chat template; give another --form"
                 )
             asked = [{"role": "user", "content": self.record(haystack)["instruction"]}]
-            start = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+            start = rendered(tokenizer, asked, tokenize=False, add_generation_prompt=True)
         prompt = start + self.opening
         text = f"{prompt} {self.answer}"
         return Document(text, answers=((len(prompt), len(text)),), open_end=form == "chat")

@@ -8,15 +8,13 @@ CKPT is an HF directory or hub id, a Flax directory, or a run's stage directory.
 
 import argparse
 import importlib
-import os
 import pkgutil
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import lizard_jax.eval
-from lizard_jax.errors import UserError
-from lizard_jax.program import program
+from lizard_jax.program import ended, program
 
 
 def evaluations() -> dict[str, Any]:
@@ -43,24 +41,13 @@ def arguments(modules: dict[str, Any]) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    return ended(lambda: _main(argv), interrupted="interrupted; no result was written")
+
+
+def _main(argv: Sequence[str] | None) -> int:
     modules = evaluations()
     told = arguments(modules).parse_args(argv)
-    try:
-        modules[told.evaluation].run(told)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # What is left in the buffer cannot be written either, and Python would say so once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print("error: the output was closed before the results were written", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or told.evaluation}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; no result was written", file=sys.stderr)
-        return 130
+    modules[told.evaluation].run(told)
     return 0
 
 

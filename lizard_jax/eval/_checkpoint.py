@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lizard_jax.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``CKPT``, ``--teacher`` and ``--dtype``."""
@@ -20,11 +22,15 @@ def load(told: argparse.Namespace) -> Any:
     """The model.
 
     Raises:
-        UserError: there is none, or it is damaged or not supported.
+        UserError: there is none, it is not supported, or it is damaged: a parameter is not finite.
     """
     import lizard_jax
+    from lizard_jax.nn.finite import not_finite
 
-    return lizard_jax.load(told.checkpoint, dtype=told.dtype, teacher=told.teacher)
+    model = lizard_jax.load(told.checkpoint, dtype=told.dtype, teacher=told.teacher)
+    if (path := not_finite(model)) is not None:
+        raise UserError(f"{told.checkpoint} is damaged: its parameter {path} holds NaN or infinity")
+    return model
 
 
 def tokenizer_source(told: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lizard_jax.atomic import write_atomic
+from lizard_jax.atomic import finite, write_atomic
 from lizard_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,4 +51,5 @@ def write(
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": versions(),
     }
-    write_atomic(place / "result.json", json.dumps(result | made, indent=2, ensure_ascii=False) + "\n")
+    content = json.dumps(finite(result | made), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(place / "result.json", content + "\n")

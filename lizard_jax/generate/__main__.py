@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from dataclasses import fields
 from typing import Any
 
 from lizard_jax.errors import UserError
-from lizard_jax.program import program
+from lizard_jax.program import ended, program
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -242,29 +241,21 @@ def converse(session: Session) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    return ended(lambda: _main(argv), interrupted="interrupted; what was written stands")
+
+
+def _main(argv: Sequence[str] | None) -> int:
     told = arguments().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal without the letters shows their numbers; nothing that was written is lost over one.
             stream.reconfigure(errors="backslashreplace")
-    try:
-        if told.prompt is None and not (told.prompts or told.interactive or told.load_state):
-            raise UserError("nothing to continue; give --prompt TEXT, --prompts FILE or --interactive")
-        if told.prompt is not None and not told.prompt and not told.load_state:
-            raise UserError("the prompt is empty; give at least one character to go on from")
-        session = Session(told)
-        (many if told.prompts else converse if told.interactive else one)(session)
-    except UserError as error:
-        note(f"error: {error}")
-        return 2
-    except BrokenPipeError:
-        # What is left in the buffer cannot be written either, and Python would say so once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        note("error: the output was closed before the text ended")
-        return 2
-    except KeyboardInterrupt:
-        note("interrupted; what was written stands")
-        return 130
+    if told.prompt is None and not (told.prompts or told.interactive or told.load_state):
+        raise UserError("nothing to continue; give --prompt TEXT, --prompts FILE or --interactive")
+    if told.prompt is not None and not told.prompt and not told.load_state:
+        raise UserError("the prompt is empty; give at least one character to go on from")
+    session = Session(told)
+    (many if told.prompts else converse if told.interactive else one)(session)
     return 0
 
 

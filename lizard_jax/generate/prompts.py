@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lizard_jax.convert.files import read_json
+from lizard_jax.data.template import rendered
 from lizard_jax.data.text import affixes, check_unicode, load_tokenizer
 from lizard_jax.errors import UserError
 
@@ -59,7 +60,7 @@ def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template; give a plain --prompt without --chat")
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return rendered(tokenizer, list(messages), tokenize=False, add_generation_prompt=True)
     # A template raises through jinja for what it refuses, and fails in any other way where it is careless.
     except Exception as error:
         raise UserError(f"the chat template refuses these messages: {error}") from None

@@ -69,6 +69,7 @@ class Sizes:
     reach: int
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Read:
     """What window and pairs gave a stretch of blocks, and what it took from E and let into it.

@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 
 from lizard_jax.config import ModelConfig
 from lizard_jax.nn.cache import KVCache
-from lizard_jax.nn.lizard_attention import LizardMixer, LizardState
+from lizard_jax.nn.context import LizardState
+from lizard_jax.nn.lizard_attention import LizardMixer
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
 from lizard_jax.typing import Array, Float, Int
 

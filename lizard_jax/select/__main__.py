@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lizard_jax.errors import UserError
-from lizard_jax.program import program
+from lizard_jax.program import ended, program
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -210,20 +210,13 @@ def picture(found: dict[str, Any]) -> "Figure":
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    told = arguments().parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        run(told)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or told.teacher}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; no ranking was written", file=sys.stderr)
-        return 130
-    return 0
+
+    def work() -> int:
+        run(arguments().parse_args(argv))
+        return 0
+
+    return ended(work, interrupted="interrupted; no ranking was written")
 
 
 if __name__ == "__main__":

@@ -5,27 +5,27 @@ import sys
 from collections.abc import Sequence
 
 from lizard_jax.cli import parse
-from lizard_jax.errors import UserError
+from lizard_jax.program import ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 2 for bad input, 128 + N after signal N."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        config, given = parse(argv)
-        # After the command line is known to be good: these take seconds to import.
-        from lizard_jax.train.loop import Stopped
-        from lizard_jax.train.run import run
+    return ended(lambda: _main(argv), interrupted="interrupted before the first step; nothing was written")
 
-        try:
-            run(config, given)
-        except Stopped as stopped:
-            print(stopped, file=sys.stderr)
-            return 128 + stopped.number
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+
+def _main(argv: Sequence[str] | None) -> int:
+    config, given = parse(argv)
+    # After the command line is known to be good: these take seconds to import.
+    from lizard_jax.train.loop import Stopped
+    from lizard_jax.train.run import run
+
+    try:
+        run(config, given)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.number
     return 0
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from lizard_jax.atomic import write_atomic
+from lizard_jax.atomic import finite, write_atomic
 from lizard_jax.config import RunConfig, to_dict
 
 PACKAGES = ("lizard-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -120,7 +120,7 @@ def write(config: RunConfig, history: list[dict[str, Any]], stage_dir: Path, ext
     """Write ``result.json`` and ``curves.png`` whole, and return the result."""
     result = summarize(config, history) | extra
     write_atomic(stage_dir / "curves.png", curves(history, config.stage))
-    write_atomic(stage_dir / "result.json", json.dumps(result, indent=2) + "\n")
+    write_atomic(stage_dir / "result.json", json.dumps(finite(result), indent=2, allow_nan=False) + "\n")
     return result
 
 

@@ -6,7 +6,6 @@ head outputs come closest to the teacher's. The least share is next to none, so 
 leaves the student its window. No gradient, no step: a *training-free student*.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,12 +151,11 @@ def _probe(
     def squares(a: Array) -> Array:
         return jnp.where(real, jnp.square(a.astype(wide)).sum(-1), 0.0).sum((0, 1))
 
-    # The window knows nothing of gates: taken from here, it is computed once and not for every candidate.
-    window = _with(parts).branches(*inputs, segment_ids=segment_ids)
+    # The exact part knows nothing of gates: it is computed once and not for every candidate.
+    near = _with(parts).near(*inputs, segment_ids=segment_ids)
 
     def candidate(bias: Array | None, offset: Array) -> tuple[Array, Array]:
-        memory = _with(parts, bias=bias).branches(*inputs, segment_ids=segment_ids)
-        branches = dataclasses.replace(memory, near=window.near, near_log=window.near_log)
+        branches = _with(parts, bias=bias).branches(*inputs, segment_ids=segment_ids, near=near)
         assert branches.far_log is not None
         there = real & (branches.far_log > 0.1 * ABSENT)
         odds = jnp.where(there, branches.near_log - branches.far_log, 0.0).sum((0, 1))
@@ -174,7 +172,7 @@ def _probe(
         offset, errors = (a[None] for a in candidate(None, offsets[0]))
     else:
         offset, errors = jax.lax.map(lambda pair: candidate(*pair), (biases, offsets))
-    alone = squares(window.near.astype(wide) - target.astype(wide))
+    alone = squares(near.heads.astype(wide) - target.astype(wide))
     return block.after_heads(x, taught), offset, {"errors": errors, "window": alone, "power": squares(target)}
 
 

@@ -113,8 +113,9 @@ def test_the_forward_is_the_definition(name):
     inputs = draw(mixer, 2, 45)
     # Steeper scores: else the attention that tokens receive hardly differs.
     inputs = (inputs[0], 2 * inputs[1], *inputs[2:])
-    for segments in (np.ones((2, 45), int), np.asarray(packed(2, 45))):
-        got = jax.jit(lambda m, *a, s=segments: m(*a, segment_ids=jnp.asarray(s, jnp.int32)))(mixer, *inputs)
+    run = jax.jit(lambda m, s, *a: m(*a, segment_ids=s))
+    for segments in (np.ones((2, 45), np.int32), np.asarray(packed(2, 45))):
+        got = run(mixer, jnp.asarray(segments), *inputs)
         assert relative_error(got, by_the_definition(mixer, *inputs, segments)) < 1e-5
 
 
@@ -125,15 +126,18 @@ def test_chunks_and_steps_are_the_full_forward(name):
     inputs = (inputs[0], 2 * inputs[1], *inputs[2:])
     whole = np.asarray(jax.jit(lambda m, *a: m(*a))(mixer, *inputs))
     extend = jax.jit(lambda m, state, *a: m.extend(*a, state, all_of(a[0])))
-    for border in (1, C - 1, C, C + 1, W, W + 1, 2 * W - 1, 23):
+    # Few lengths, each compiled once, in orders that end everywhere in a block and a window.
+    orders = (7, 1, 1, 13, 1, 7, 1, 7, 1, 1, 1), (1, 1, 13, 7, 7, *[1] * 5, 7), (*[1] * 9, 13, 7, 1, 1, 1, 7, 1, 1)
+    for lengths in orders:
+        assert sum(lengths) == time
         state, got, at = mixer.init_state(2, None, jnp.float32), [], 0
-        for length in (border, 1, 1, 7, *[1] * 4, time - border - 13):
+        for length in lengths:
             heads, after = extend(mixer, state, *(a[:, at : at + length] for a in inputs))
             assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)  # it never grows
             state = after
             got.append(heads)
             at += length
-        assert relative_error(jnp.concatenate(got, 1), whole) < 1e-5, border
+        assert relative_error(jnp.concatenate(got, 1), whole) < 1e-5, lengths
 
 
 def test_rows_of_different_lengths_stand_where_they_would_alone():
@@ -157,7 +161,7 @@ def test_a_kept_pair_outlives_any_window_and_its_distance_is_cut_at_the_teacher_
     """One key that every query looks for stays exact at 4 and 16 times the context, turned as if at its end."""
     mixer = make_mixer(dataclasses.replace(OURS, memory="none", meta="none", kept=2))
     context = mixer.config.max_positions
-    time = 16 * context + 3
+    time = 16 * context + 2 * C
     rng = np.random.default_rng(0)
     x, q, k, v = (np.array(a) for a in draw(mixer, 1, time))
     k[:], q[:] = 0.02 * k, rng.normal(0, 0.02, q.shape)

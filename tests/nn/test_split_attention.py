@@ -12,7 +12,8 @@ from lizard_jax.config import LizardConfig, ModelConfig
 from lizard_jax.errors import UserError
 from lizard_jax.nn.attention import mixer_of
 from lizard_jax.nn.cache import KVCache
-from lizard_jax.nn.lizard_attention import LizardMixer, LizardState
+from lizard_jax.nn.context import LizardState
+from lizard_jax.nn.lizard_attention import LizardMixer
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
 from lizard_jax.nn.split_attention import SplitMixer, student_of
 from pallas_kernels.sliding_window import reference, xla
@@ -43,8 +44,9 @@ def inputs(time: int):
 def test_each_class_of_heads_is_its_own_definition(memory, reach):
     mixer = make(dataclasses.replace(ATTENTION, memory=memory, retrieval_window=reach))
     x, q, k, v = inputs(61)
-    for segments in (np.ones((2, 61), int), np.asarray(packed(2, 61))):
-        got = np.asarray(jax.jit(lambda m, *a, s=segments: m(*a, segment_ids=jnp.asarray(s)))(mixer, x, q, k, v))
+    run = jax.jit(lambda m, s, *a: m(*a, segment_ids=s))
+    for segments in (np.ones((2, 61), np.int32), np.asarray(packed(2, 61))):
+        got = np.asarray(run(mixer, jnp.asarray(segments), x, q, k, v))
         short, long = [0, 1, 4, 5], [2, 3]
         own = dense_heads(mixer.short, x, q[:, :, short], k[:, :, [0, 2]], v[:, :, [0, 2]], segments)
         assert relative_error(got[:, :, short], own) < 1e-5
@@ -63,14 +65,15 @@ def test_chunks_and_steps_are_the_full_forward(reach):
     mixer, time = make(dataclasses.replace(ATTENTION, retrieval_window=reach)), 46
     whole = mixer(*inputs(time))
     extend = jax.jit(lambda m, state, *a: m.extend(*a, state, all_of(a[0])))
-    for border in (1, 7, 8, 9, 11, 12, 13, 16, 17):
+    for lengths in ((7, 1, 1, 16, 1, 7, *[1] * 6, 7), (16, 1, 7, 7, 7, *[1] * 8), (*[1] * 9, 7, 16, 7, 7)):
+        assert sum(lengths) == time
         state, got, at = mixer.init_state(2, time, jnp.float32), [], 0
         sizes = jax.tree.map(jnp.shape, state)
-        for length in (border, 1, 1, 16, 1, time - border - 19):
+        for length in lengths:
             heads, state = extend(mixer, state, *(a[:, at : at + length] for a in inputs(time)))
             got.append(heads)
             at += length
-        assert relative_error(jnp.concatenate(got, axis=1), whole) < 1e-5, border
+        assert relative_error(jnp.concatenate(got, axis=1), whole) < 1e-5, lengths
         assert jax.tree.map(jnp.shape, state) == sizes
     assert isinstance(state.long, LizardState if reach else KVCache)
     if reach:
