@@ -32,22 +32,33 @@ class YarnConfig:
 
 
 @dataclass(frozen=True)
+class LongRopeConfig:
+    """What LongRoPE divides each pair's frequency by, in texts within the original context and beyond it, and what cos
+    and sin are scaled by in both."""
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding, as transformers computes it.
 
     ``kind`` is the ``rope_type`` of an HF config. ``factor`` belongs to every kind but ``default``;
-    ``low_freq_factor`` and ``high_freq_factor`` to ``llama3``, and ``original_max_positions`` to it, ``dynamic`` and
-    ``yarn``; ``yarn`` to the kind of that name.
+    ``low_freq_factor`` and ``high_freq_factor`` to ``llama3``, and ``original_max_positions`` to it, ``dynamic``,
+    ``yarn`` and ``longrope``; the last two to the kinds of their names.
     """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
     # Not in the repr, which old runs are known by.
     yarn: YarnConfig | None = field(default=None, repr=False)
+    longrope: LongRopeConfig | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

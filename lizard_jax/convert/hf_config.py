@@ -6,7 +6,7 @@ from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lizard_jax.config import LizardConfig, ModelConfig, RopeConfig, YarnConfig, to_dict
+from lizard_jax.config import LizardConfig, LongRopeConfig, ModelConfig, RopeConfig, YarnConfig, to_dict
 from lizard_jax.errors import UserError
 from lizard_jax.nn.layers import activation
 
@@ -59,7 +59,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Settings of other decoders that change what is computed, and the values at which they do not."""
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def model_config(raw: dict[str, Any], *, attention: LizardConfig | None = None) -> ModelConfig:
@@ -123,7 +123,7 @@ def model_config(raw: dict[str, Any], *, attention: LizardConfig | None = None) 
         head_dim=head_dim,
         max_positions=full["max_position_embeddings"],
         norm_eps=full["rms_norm_eps"],
-        rope=_rope(raw, full["max_position_embeddings"]),
+        rope=_rope(raw, full["max_position_embeddings"], head_dim),
         hidden_act=full["hidden_act"],
         tie_embeddings=bool(full["tie_word_embeddings"]),
         qkv_bias=bool(llama_bias or kind == "qwen2"),
@@ -178,7 +178,7 @@ def _check_types(raw: dict[str, Any]) -> None:
         raise UserError(f"config.json has {place}={str(raw.get(place))[:40]}: {first['msg'].lower()}") from None
 
 
-def _rope(raw: dict[str, Any], max_positions: int) -> RopeConfig:
+def _rope(raw: dict[str, Any], max_positions: int, width: int) -> RopeConfig:
     # As transformers chooses: what somebody added as rope_scaling takes the place of rope_parameters.
     told = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     kind = told.get("rope_type") or told.get("type") or "default"
@@ -204,11 +204,13 @@ def _rope(raw: dict[str, Any], max_positions: int) -> RopeConfig:
     rope = RopeConfig(theta=float(told.get("rope_theta") or raw.get("rope_theta") or 10000.0), kind=kind)
     if kind == "default":
         return rope
+    original = raw.get("original_max_position_embeddings") or told.get("original_max_position_embeddings")
+    if kind == "longrope":
+        return _longrope(rope, told, width, int(original or max_positions), max_positions)
     rope = dataclasses.replace(rope, factor=float(told["factor"]))
     if kind == "dynamic":
         # transformers measures growth from max_position_embeddings, whatever original_max_position_embeddings says.
         return dataclasses.replace(rope, original_max_positions=max_positions)
-    original = raw.get("original_max_position_embeddings") or told.get("original_max_position_embeddings")
     if kind == "yarn":
         return dataclasses.replace(
             rope, original_max_positions=int(original or max_positions), yarn=_yarn(told, float(told["factor"]))
@@ -234,6 +236,30 @@ def _yarn(told: dict[str, Any], factor: float) -> YarnConfig:
         beta_fast=float(told.get("beta_fast") or 32),
         beta_slow=float(told.get("beta_slow") or 1),
         truncate=bool(told.get("truncate", True)),
+    )
+
+
+def _longrope(rope: RopeConfig, told: dict[str, Any], width: int, original: int, max_positions: int) -> RopeConfig:
+    """As transformers reads it: without a factor, the context over the original one."""
+    for name in ("short_factor", "long_factor"):
+        factors = told.get(name)
+        if not isinstance(factors, list) or len(factors) != width // 2 or not all(map(_is_positive, factors)):
+            raise UserError(
+                f"config.json has no {name} of {width // 2} positive numbers, which rope type 'longrope' needs"
+            )
+    factor = float(told.get("factor") or max_positions / original)
+    if original < 2:
+        raise UserError(f"config.json has original_max_position_embeddings={original}, too few for 'longrope'")
+    inferred = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return dataclasses.replace(
+        rope,
+        factor=factor,
+        original_max_positions=original,
+        longrope=LongRopeConfig(
+            tuple(map(float, told["short_factor"])),
+            tuple(map(float, told["long_factor"])),
+            float(told.get("attention_factor") or inferred),
+        ),
     )
 
 
@@ -270,6 +296,13 @@ def hf_dict(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any]:
     if rope.yarn is not None:
         out["rope_scaling"] |= dataclasses.asdict(rope.yarn)
         out["rope_scaling"]["original_max_position_embeddings"] = rope.original_max_positions
+    if rope.longrope is not None:
+        out["rope_scaling"] |= {
+            "short_factor": list(rope.longrope.short),
+            "long_factor": list(rope.longrope.long),
+            "attention_factor": rope.longrope.attention_factor,
+            "original_max_position_embeddings": rope.original_max_positions,
+        }
     if rope.kind == "llama3":
         out["rope_scaling"] |= {
             "low_freq_factor": rope.low_freq_factor,

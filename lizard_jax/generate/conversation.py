@@ -43,8 +43,9 @@ def fingerprint(model: Llama) -> str:
     import flax.nnx as nnx
 
     settings = to_dict(model.config)
-    if settings["rope"]["yarn"] is None:
-        del settings["rope"]["yarn"]  # states of before there was one are still known
+    for name in ("yarn", "longrope"):
+        if settings["rope"][name] is None:
+            del settings["rope"][name]  # states of before there was one are still known
     for name in ("softmax_heads", "retrieval_window", "kept"):
         if settings["attention"] and not settings["attention"][name]:
             del settings["attention"][name]  # the same

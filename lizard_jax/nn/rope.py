@@ -20,14 +20,15 @@ def inverse_frequencies(
     original context, with a smooth step between. ``dynamic`` grows θ with the length of the text:
     ``θ (factor·L/L₀ − factor + 1)^(H/(H−2))`` for ``L = max(length, L₀)``, ``L₀`` the original context. ``yarn``
     divides by the factor what turns seldom in the original context and leaves what turns often, with a ramp over the
-    pairs between.
+    pairs between. ``longrope`` divides each pair by a factor of its own, one in texts within the original context and
+    another in longer ones.
 
     Args:
-        length: tokens in the text; only ``dynamic`` reads it, and None gives its base frequencies. An array of
-            lengths gives one set of frequencies for each.
+        length: tokens in the text; only ``dynamic`` and ``longrope`` read it, and None gives the frequencies of texts
+            within the original context. An array of lengths gives one set of frequencies for each.
 
     Returns:
-        float32, ``[H/2]``, with the axes of ``length`` in front where that is an array and the kind ``dynamic``.
+        float32, ``[H/2]``, with the axes of ``length`` in front where that is an array and the kind reads it.
     """
     powers = np.arange(0, head_dim, 2) / head_dim
     if rope.kind == "dynamic" and length is not None:
@@ -43,6 +44,14 @@ def inverse_frequencies(
         return jnp.asarray(1.0 / theta**powers, jnp.float32)
 
     frequencies = 1.0 / rope.theta**powers
+    if rope.longrope is not None:
+        short, long = (
+            jnp.asarray(frequencies / np.asarray(factors), jnp.float32)
+            for factors in (rope.longrope.short, rope.longrope.long)
+        )
+        if length is None or isinstance(length, int):
+            return long if length is not None and length > rope.original_max_positions else short
+        return jnp.where((length > rope.original_max_positions)[..., None], long, short)
     if rope.kind == "linear":
         frequencies = frequencies / rope.factor
     elif rope.kind == "llama3":
@@ -66,8 +75,9 @@ def inverse_frequencies(
 
 
 def query_scale(rope: RopeConfig) -> float:
-    """What queries are multiplied by instead of scaling cos and sin of both sides, as ``yarn`` asks for."""
-    return 1.0 if rope.yarn is None else rope.yarn.attention_factor**2
+    """What queries are multiplied by instead of scaling cos and sin of both sides, as ``yarn`` and ``longrope`` ask."""
+    scaled = rope.yarn or rope.longrope
+    return 1.0 if scaled is None else scaled.attention_factor**2
 
 
 def cos_sin(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lizard_jax.config import PRESETS, LizardConfig, LoraConfig, ModelConfig, RopeConfig, YarnConfig
+from lizard_jax.config import PRESETS, LizardConfig, LongRopeConfig, LoraConfig, ModelConfig, RopeConfig, YarnConfig
 from lizard_jax.convert import table
 from lizard_jax.convert.hf_config import hf_dict, lizard_config, lizard_section, model_config
 from lizard_jax.convert.params import parameters, skeleton
@@ -45,6 +45,12 @@ ROPES = st.sampled_from(
         RopeConfig(kind="dynamic", factor=2.0, original_max_positions=64),
         RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 32),
         RopeConfig(kind="yarn", factor=4.0, original_max_positions=32, yarn=YarnConfig(1.25, 16.0, 2.0, False)),
+        RopeConfig(
+            kind="longrope",
+            factor=4.0,
+            original_max_positions=32,
+            longrope=LongRopeConfig((1.0, 1.5, 2.0, 3.0), (1.0, 4.0, 5.0, 6.0), 1.25),
+        ),
     ]
 )
 

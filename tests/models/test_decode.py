@@ -65,14 +65,24 @@ def test_chunks_and_steps_equal_the_full_forward(changes):
     chex.assert_trees_all_close(jnp.concatenate(parts, axis=1), model(tokens), atol=2e-5, rtol=0)
 
 
-def test_dynamic_rope_decodes_past_its_context_as_transformers_does(tmp_path):
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        {
+            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.3, 1.7],
+            "long_factor": [1.0, 2.5, 4.0, 6.0], "original_max_position_embeddings": 16,
+        },
+    ],
+    ids=["dynamic", "longrope"],
+)  # fmt: skip
+def test_a_rope_of_the_length_decodes_past_its_context_as_transformers_does(tmp_path, rope):
     from transformers import DynamicCache
 
     from lizard_jax.convert.load import load_hf
     from tests.models import hf
 
-    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    reference = hf.make("Llama", tmp_path, rope_parameters=dynamic, max_position_embeddings=16)
+    reference = hf.make("Llama", tmp_path, rope_parameters=rope, max_position_embeddings=16)
     tokens = hf.tokens(24)
     cache, expected = DynamicCache(), []
     model = load_hf(tmp_path)

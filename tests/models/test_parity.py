@@ -21,6 +21,13 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.7],
+    "long_factor": [1.0, 2.5, 4.0, 6.0],
+    "original_max_position_embeddings": 32,
+}
 QWEN_SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 
 GRID = {
@@ -45,6 +52,12 @@ GRID = {
     "yarn_told": (
         "Qwen3", 96,
         {"rope_parameters": YARN | {"attention_factor": 1.4, "truncate": False}, "max_position_embeddings": 128},
+    ),
+    "longrope_short": ("Llama", 32, {"rope_parameters": LONGROPE, "max_position_embeddings": 128}),
+    "longrope_long": ("Llama", 33, {"rope_parameters": LONGROPE, "max_position_embeddings": 128}),
+    "longrope_told": (
+        "Qwen2", 96,
+        {"rope_parameters": LONGROPE | {"attention_factor": 1.3, "factor": 8.0}, "max_position_embeddings": 128},
     ),
     "mish": ("Llama", 24, {"hidden_act": "mish"}),
     "relu2": ("Llama", 24, {"hidden_act": "relu2"}),
