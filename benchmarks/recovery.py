@@ -87,10 +87,9 @@ def students(window: int, teacher: Path, heads: tuple[str, ...] = ()) -> dict[st
 
     wider, quarter = window + worth(half), half // 4
     narrow = dataclasses.replace(ours, feature_half=quarter, window=wider - worth(quarter))
-    blocks = {"chunk": min(ours.chunk, window)}
     count = pairs_worth(wider - worth(quarter), window, shape.head_dim)
-    pairs = dataclasses.replace(ours, feature_half=quarter, kept=count, **blocks)
-    alone = dataclasses.replace(ours, memory="none", kept=pairs_worth(wider, window, shape.head_dim), **blocks)
+    pairs = dataclasses.replace(ours, feature_half=quarter, kept=count)
+    alone = dataclasses.replace(ours, memory="none", kept=pairs_worth(wider, window, shape.head_dim))
     out = {
         "lizard": ours,
         "lizard, a quarter of the features": narrow,

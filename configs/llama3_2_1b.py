@@ -10,7 +10,7 @@ What to expect, by arithmetic alone; no run of this recipe has been measured:
 - stage 1 trains 0.9 M new weights (0.07% of the teacher's), stage 2 those and 1.2 M of LoRA (r=8 on q, k, v);
 - 1,220 steps a stage of 8 sequences of 2,048 tokens;
 - generating needs 9.1 MiB a sequence at any length, as much as softmax attention's cache (32 KiB a token) at
-  293 tokens.
+  290 tokens.
 """
 
 from lizard_jax.config import RunConfig

@@ -118,7 +118,7 @@ def override(config: RunConfig, values: dict[str, Any]) -> RunConfig:
 def with_preset(config: RunConfig, name: str, attention: dict[str, Any]) -> RunConfig:
     """The settings with another attention preset: its switches, then the recipe's changes, then these.
 
-    The width of its feature map a recipe chose for its own preset: another keeps the width it was published with.
+    The width of its feature map and the kept pairs a recipe chose for its own preset: another stays as published.
 
     Raises:
         UserError: unknown preset, or switches that do not go together.
@@ -127,7 +127,8 @@ def with_preset(config: RunConfig, name: str, attention: dict[str, Any]) -> RunC
     names = [field.name for field in dataclasses.fields(LizardConfig)]
     changed = {field: getattr(ours, field) for field in names if getattr(ours, field) != getattr(base, field)}
     if name != config.preset:
-        changed.pop("feature_half", None)
+        for field in ("feature_half", "kept"):
+            changed.pop(field, None)
     return dataclasses.replace(
         config, preset=name, attention=dataclasses.replace(preset(name), **{**changed, **attention})
     )

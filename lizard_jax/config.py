@@ -117,11 +117,6 @@ class LizardConfig:
             raise UserError(f"attention kept={self.kept} must be 0 (none) or up to {2**20}")
         if self.kept and self.memory == "all":
             raise UserError("attention kept pairs need memory=evicted or none: with memory=all they would count twice")
-        if self.kept and self.chunk > self.window:
-            raise UserError(
-                f"attention kept pairs are chosen once in {self.chunk} tokens (chunk), before those leave the window "
-                f"of {self.window}; give a chunk of at most the window"
-            )
         if not 0 <= self.retrieval_window <= 2**24:
             raise UserError(f"attention retrieval_window={self.retrieval_window} must be 0 (keep all) or up to {2**24}")
         if 0 < self.retrieval_window < self.window:

@@ -138,9 +138,7 @@ def linearize(
     refuse_existing(dst)
     given = config.preset(preset)
     more: dict[str, int] = {"feature_half": feature_half} if feature_half else {}
-    if kept:
-        more |= {"kept": kept, "chunk": min(given.chunk, window)}
-    attention = dataclasses.replace(given, window=window, **more)
+    attention = dataclasses.replace(given, window=window, kept=kept or given.kept, **more)
     if memory is not None:
         attention = dataclasses.replace(attention, memory=memory)
     if heads:

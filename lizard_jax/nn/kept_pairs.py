@@ -58,7 +58,7 @@ class Sizes:
 
     Attributes:
         window: W.
-        block: C, at most W.
+        block: C, the chunk or W where that is less: a choice is made before its tokens leave the window.
         prefix: first tokens of a document, which never compete.
         reach: the most a distance is told apart; a key further away is turned as if it stood there.
     """

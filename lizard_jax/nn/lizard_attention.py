@@ -256,7 +256,7 @@ class LizardMixer(nnx.Module):
         """What is fixed of the choice of kept pairs."""
         switches = self.switches
         prefix = switches.meta_tokens if switches.meta == "prefix" else 0
-        return Sizes(switches.window, switches.chunk, prefix, self.config.max_positions)
+        return Sizes(switches.window, min(switches.chunk, switches.window), prefix, self.config.max_positions)
 
     def _branches(self, context: Context, near: Near) -> tuple[Branches, LinearState | None]:
         """Both branches, and the linear state after them."""

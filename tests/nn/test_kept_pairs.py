@@ -22,6 +22,7 @@ VARIANTS = {
     "one pair": dataclasses.replace(OURS, kept=1),
     "more pairs than leave": dataclasses.replace(OURS, kept=40),
     "a window of one block": dataclasses.replace(OURS, chunk=W),
+    "chunks longer than the window": dataclasses.replace(OURS, chunk=2 * W),
     "sink, query states, rope in memory": dataclasses.replace(OURS, meta="sink", state_heads="query", linear_rope=True),
     "learned, gates a feature": dataclasses.replace(OURS, meta="learned", gate="channel", gate_bias=False),
     "sum, no meta, softmax maps": dataclasses.replace(OURS, meta="none", combine="sum", act="softmax"),
@@ -37,7 +38,7 @@ def by_the_definition(mixer, x, q, k, v, segments):
 def _row(mixer, x, q, k, v, seg):
     s, theta, time = mixer.switches, mixer.config.rope.theta, len(x)
     heads, groups, width = q.shape[1], k.shape[1], q.shape[2]
-    group = heads // groups
+    group, block = heads // groups, min(s.chunk, s.window)
     begins = np.zeros(time, int)
     for t in range(1, time):
         begins[t] = begins[t - 1] if seg[t] == seg[t - 1] else t
@@ -47,9 +48,9 @@ def _row(mixer, x, q, k, v, seg):
         for i in range(time):
             document = list(range(begins[i], i + 1)) if seg[i] else []
             prefix = {j for j in document if s.meta == "prefix" and j - begins[i] < s.meta_tokens}
-            if i % s.chunk == 0 and seg[i]:
+            if i % block == 0 and seg[i]:
                 received *= FADE
-                leaving = [j for j in range(i - s.window, i - s.window + s.chunk) if j in document and j not in prefix]
+                leaving = [j for j in range(i - s.window, i - s.window + block) if j in document and j not in prefix]
                 living = [j for j in kept if j in document]
                 order = sorted([*living, *leaving], key=lambda j: -received[j])
                 for j in set(living) - set(order[: s.kept]):
@@ -216,7 +217,6 @@ def test_gradients_are_those_of_the_choice_held_fixed():
     [
         ({"kept": -1}, "kept=-1 must be"),
         ({"kept": 4, "memory": "all", "combine": "sum"}, "would count twice"),
-        ({"kept": 4, "chunk": 16}, "give a chunk of at most the window"),
     ],
 )
 def test_pairs_that_cannot_be_kept_are_refused(change, words):
