@@ -115,8 +115,6 @@ class LizardConfig:
                 raise UserError(f"attention {name}={getattr(self, name)} must be at least 1 and at most {2**24}")
         if not 0 <= self.kept <= 2**20:
             raise UserError(f"attention kept={self.kept} must be 0 (none) or up to {2**20}")
-        if self.kept and self.memory == "all":
-            raise UserError("attention kept pairs need memory=evicted or none: with memory=all they would count twice")
         if not 0 <= self.retrieval_window <= 2**24:
             raise UserError(f"attention retrieval_window={self.retrieval_window} must be 0 (keep all) or up to {2**24}")
         if 0 < self.retrieval_window < self.window:
@@ -138,6 +136,8 @@ class LizardConfig:
                 "attention memory=all with combine=joint counts the window's tokens twice; "
                 "use memory=evicted with joint, or combine=sum with all"
             )
+        if self.kept and self.memory == "all":
+            raise UserError("attention memory=all would count kept pairs twice; give kept=0, or memory=evicted")
         if self.memory == "none" and self.combine == "sum":
             raise UserError("attention memory=none has no linear branch to sum; use combine=joint")
         if self.gate_bias and self.gate != "scalar":

@@ -216,7 +216,7 @@ def test_gradients_are_those_of_the_choice_held_fixed():
     ("change", "words"),
     [
         ({"kept": -1}, "kept=-1 must be"),
-        ({"kept": 4, "memory": "all", "combine": "sum"}, "would count twice"),
+        ({"kept": 4, "memory": "all", "combine": "sum"}, "would count kept pairs twice"),
     ],
 )
 def test_pairs_that_cannot_be_kept_are_refused(change, words):

@@ -46,7 +46,10 @@ def test_overrides_of_every_kind():
 def test_a_preset_keeps_the_recipes_own_changes_and_the_command_line_wins(name):
     recipe = cli.load_recipe("tiny", 1)
     config, _ = cli.parse(["--preset", name])
-    wanted = dataclasses.replace(PRESETS[name], window=recipe.attention.window, chunk=recipe.attention.chunk)
+    own = recipe.attention
+    wanted = dataclasses.replace(PRESETS[name], window=own.window, chunk=own.chunk)
+    if name == recipe.preset:
+        wanted = dataclasses.replace(wanted, feature_half=own.feature_half, kept=own.kept)
     assert config.attention == wanted
     config, _ = cli.parse(["--preset", name, "--window", "16"])
     assert config.attention == dataclasses.replace(wanted, window=16)
