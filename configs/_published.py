@@ -8,8 +8,8 @@ from lizard_jax.config import DataConfig, OptimConfig, RunConfig, preset
 def published(recipe: str, teacher: str, *, head_dim: int) -> dict[int, RunConfig]:
     """Stages 1 and 2: 20 M tokens each, 1,220 steps of 8 x 2048, learning rate 1e-2 then 5e-4.
 
-    A window of 128, 120 kept pairs a key head and a quarter of the features: on SmolLM2, at equal bytes, far better than
-    all of the features, or a window twice as wide, on text of another kind than was trained on.
+    A window of 128, 120 kept pairs a key head and a quarter of the features: on SmolLM2, at equal bytes, far better
+    than all of the features, or a window twice as wide, on text of another kind than was trained on.
 
     Budget and text are the paper's, cleaned Alpaca. Its records have some 130 tokens, so attention reads on across
     them: kept to one record, a memory beyond a window of 128 would see next to nothing.
