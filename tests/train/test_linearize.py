@@ -70,21 +70,11 @@ def test_a_window_alone_is_written_and_read_without_new_modules(tmp_path):
 @pytest.mark.parametrize(("reach", "kept"), [(0, 0), (64, 20)], ids=["keeps all", "long window and pairs"])
 def test_a_student_with_exact_heads_is_written_read_and_goes_on(tmp_path, reach, kept):
     """By a ranking's file: through a directory, a text beyond its first cache, and a conversation's file."""
-    ranking = choice.ranking("retrieval", np.asarray([[0.1, 0.2]] * 5 + [[0.9, 0.3]]))
-    (tmp_path / "heads.json").write_text(choice.text(ranking))
-    told = convert.linearize(
-        str(teacher_path()), str(tmp_path / "student"), preset="lizard", window=16, data="embedded", length=256,
-        heads=f"{tmp_path / 'heads.json'}:2", retrieval_window=reach,
-    )  # fmt: skip
-    assert "memory's share" in told
-    student = lizard_jax.load(tmp_path / "student")
-    assert student.config.attention is not None
-    assert student.config.attention.softmax_heads == ("5.0", "5.1")
     ranking = choice.ranking("retrieval", np.asarray([[0.1, 0.2]] * 5 + [[0.0, 0.3]]))
     (tmp_path / "heads.json").write_text(choice.text(ranking))
     convert.linearize(
         str(teacher_path()), str(tmp_path / "split"), preset="lizard", window=16, data="embedded", length=256,
-        heads=f"{tmp_path / 'heads.json'}:2", retrieval_window=reach, kept=kept,
+        memory="none", heads=f"{tmp_path / 'heads.json'}:2", retrieval_window=reach, kept=kept,
     )  # fmt: skip
     student = lizard_jax.load(tmp_path / "split")
     assert student.config.attention is not None
