@@ -47,6 +47,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--data", metavar="PATH", help="plain text on which the loss is measured, as train.py reads it")
     parser.add_argument("--separator", default="<|endoftext|>", help="of its documents (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the texts that are made (default %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as stored)"
+    )
     parser.add_argument("--out", metavar="DIR", help="write heads.json, result.json and heads.png there")
     return parser
 
@@ -100,7 +103,7 @@ def rank(told: argparse.Namespace) -> dict[str, Any]:
     ranked = make(measure, told.length, told.samples, seed=2 * told.seed)
     scored = make(measure, told.length, told.scored, seed=2 * told.seed + 1)
     plain = [] if told.data is None else _plain(told, measure, 2 * told.samples)
-    model = load_hf(source, dtype="float32")
+    model = load_hf(source, dtype=told.dtype)
     config = model.config
     if config.attention is not None:
         raise UserError(f"{told.teacher} is linearized already; give the teacher that it came from")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jax.sharding import Mesh
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lizard_jax.config import ModelConfig
@@ -97,20 +98,20 @@ def best(found: Ranking, count: str, config: ModelConfig) -> tuple[str, ...]:
     return tuple(found.names[: max(1, number)])
 
 
-def automatic(source: Path, window: int) -> Ranking:
-    """A ranking by retrieval, made now: what ``auto`` stands for.
+def automatic(source: Path, window: int, mesh: Mesh | None = None) -> Ranking:
+    """A ranking by retrieval, made now: what ``auto`` stands for. The teacher is read in its own dtype, over the mesh.
 
     Raises:
         UserError: no such teacher, or its context is no longer than the window.
     """
-    model, measure = load_hf(source, dtype="float32"), Measure(load_tokenizer(source))
+    model, measure = load_hf(source, mesh=mesh), Measure(load_tokenizer(source))
     length = min(LENGTH, model.config.max_positions)
     if length <= window:
         raise UserError(f"the teacher's context of {length} tokens is no longer than the window of {window}")
     return ranking("retrieval", retrieval_scores(model, make(measure, length, SAMPLES, seed=0)))
 
 
-def resolved(spec: str, source: Path, window: int) -> tuple[str, ...]:
+def resolved(spec: str, source: Path, window: int, mesh: Mesh | None = None) -> tuple[str, ...]:
     """The key heads that ``--heads`` asks for, as LAYER.HEAD.
 
     Raises:
@@ -118,7 +119,7 @@ def resolved(spec: str, source: Path, window: int) -> tuple[str, ...]:
     """
     where, count = asked(spec)
     config = model_config(read_json(source / "config.json"))
-    return best(automatic(source, window) if where == "auto" else read(where), count, config)
+    return best(automatic(source, window, mesh) if where == "auto" else read(where), count, config)
 
 
 def text(found: Ranking) -> str:

@@ -101,7 +101,9 @@ def dated(config: RunConfig, place: Path) -> RunConfig:
     return override(config, {"data.date": began or date.today().isoformat()})
 
 
-def with_heads(config: RunConfig, given: frozenset[str], place: Path, source: Path) -> RunConfig:
+def with_heads(
+    config: RunConfig, given: frozenset[str], place: Path, source: Path, mesh: Mesh | None = None
+) -> RunConfig:
     """The settings with the key heads that ``--heads`` names, as a stage 1 or a begun run chose them if there is one.
 
     Raises:
@@ -119,7 +121,7 @@ def with_heads(config: RunConfig, given: frozenset[str], place: Path, source: Pa
             return override(config, {"attention.softmax_heads": begun.attention.softmax_heads})
     if config.heads.startswith("auto") and jax.process_index() == 0:
         print("choosing key heads by what they retrieve …", file=sys.stderr, flush=True)
-    return override(config, {"attention.softmax_heads": resolved(config.heads, source, config.attention.window)})
+    return override(config, {"attention.softmax_heads": resolved(config.heads, source, config.attention.window, mesh)})
 
 
 def check(config: RunConfig) -> None:
@@ -247,7 +249,7 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
     sharding.check_batch(config.data.batch_size, mesh)
     place = stage_dir(config)
     source = teacher_dir(config.teacher)
-    config = with_heads(dated(config, place), given, place, source)
+    config = with_heads(dated(config, place), given, place, source, mesh)
     record = _record(config, source)
     if config.stage == 2 and config.attention.adds_modules:
         first = checkpoint.read_json(stage_dir(config, 1) / "run.json")
