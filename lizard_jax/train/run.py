@@ -299,13 +299,15 @@ def short_text(config: RunConfig, loader: Loader) -> str | None:
     if config.stage == 0 or attention.memory == "none":
         return None
     segments = jnp.asarray(loader.batch(0).segment_ids)
-    beyond = attention.window if attention.memory == "evicted" else 0
+    # With as many pairs kept as have left the window, the memory is empty still.
+    beyond = attention.window + attention.kept if attention.memory == "evicted" else 0
     share = float(((segment_positions(segments) >= beyond) & (segments != 0)).mean())
     if share >= LEAST_BEYOND:
         return None
     cure = "--no-segment-mask, which reads on across documents, " if config.data.segment_mask else ""
+    exact = f"{attention.kept} kept pairs and a window" if attention.kept else "a window"
     return (
-        f"warning: {share:.1%} of the positions lie more than a window of {attention.window} behind the start of their "
+        f"warning: {share:.1%} of the positions lie more than {exact} of {attention.window} behind the start of their "
         f"document, so there is little to train a memory on; use {cure}longer documents or a longer --sequence-length"
     )
 
