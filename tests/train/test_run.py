@@ -51,8 +51,17 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def line(teacher, text):
     """A command line for a few steps, without stage and out."""
-    sizes = "--sequence-length 32 --window 8 --chunk 8 --kept 4 --batch-size 8 --held-out 0.1 --held-out-tokens 512 --steps 3"
-    return [*sizes.split(), "--teacher", str(teacher), "--data", str(text), "--learning-rate", "1e-2"]
+    sizes = "--sequence-length 32 --window 8 --chunk 8 --kept 4 --batch-size 8 --steps 3"
+    return [
+        *sizes.split(),
+        *"--held-out 0.1 --held-out-tokens 512".split(),
+        "--teacher",
+        str(teacher),
+        "--data",
+        str(text),
+        "--learning-rate",
+        "1e-2",
+    ]
 
 
 @pytest.fixture(scope="module")
