@@ -52,16 +52,8 @@ def text(tmp_path_factory):
 def line(teacher, text):
     """A command line for a few steps, without stage and out."""
     sizes = "--sequence-length 32 --window 8 --chunk 8 --kept 4 --batch-size 8 --steps 3"
-    return [
-        *sizes.split(),
-        *"--held-out 0.1 --held-out-tokens 512".split(),
-        "--teacher",
-        str(teacher),
-        "--data",
-        str(text),
-        "--learning-rate",
-        "1e-2",
-    ]
+    text_and_rate = ["--data", str(text), "--held-out", "0.1", "--held-out-tokens", "512", "--learning-rate", "1e-2"]
+    return [*sizes.split(), "--teacher", str(teacher), *text_and_rate]
 
 
 @pytest.fixture(scope="module")
