@@ -11,6 +11,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all: beside its place, then renamed.
 
     A link is followed. What is no regular file, such as a device or a pipe, is written to and stays what it is.
+
+    Raises:
+        OSError: it cannot be written; ``filename`` says what.
     """
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     path = path.resolve()
@@ -25,8 +28,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            # A full disk is noticed where no name is at hand.
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 

@@ -511,3 +511,16 @@ def test_a_template_that_loops_without_end_is_stopped(tmp_path, monkeypatch):
     (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match="takes longer than"):
         list(documents(DataConfig(path=str(tmp_path / "chat.jsonl"), format="chat"), load_tokenizer(place)))
+
+
+def test_a_full_disk_names_the_file_that_is_not_there_then(tmp_path, monkeypatch, capsys):
+    from lizard_jax import atomic
+    from lizard_jax.program import ended
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert ended(lambda: atomic.write_atomic(tmp_path / "run.json", "{}") or 0, interrupted="") == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'run.json'}: No space left on device\n"
+    assert not list(tmp_path.iterdir())
