@@ -115,8 +115,7 @@ def state_bytes(teacher: Path, attention: LizardConfig | None, length: int) -> i
     """Bytes of one sequence's decode state with bf16 keys and values, after ``length`` tokens."""
     shape = model_config(read_json(teacher / "config.json"), attention=attention)
     model = nnx.eval_shape(lambda: build(shape, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    state = jax.eval_shape(lambda: model.init_state(1, length))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return model.state_bytes(length)
 
 
 def sizes(told: argparse.Namespace, attention: LizardConfig | None) -> dict[str, int]:

@@ -10,10 +10,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from lizard_jax.program import ended, program
+
+if TYPE_CHECKING:
+    from lizard_jax.models.llama import Llama
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -152,7 +156,15 @@ def linearize(
         model, start = student_of(src, attention, text, progress=progress)
     with _Bar("writing") as progress:
         save_hf(model, dst, source=src, progress=progress)
-    return "\n".join([*([start.summary()] if start else []), _summary(model, dst)])
+    return "\n".join([*([start.summary()] if start else []), _state(model), _summary(model, dst)])
+
+
+def _state(model: "Llama") -> str:
+    """What generating costs, at two lengths where it grows."""
+    short, long = (model.state_bytes(length) / 2**20 for length in (2048, 8192))
+    if short == long:
+        return f"a sequence's state takes {short:.2f} MiB at any length"
+    return f"a sequence's state takes {short:.2f} MiB at 2,048 tokens and {long:.2f} at 8,192"
 
 
 class _Bar:

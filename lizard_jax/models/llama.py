@@ -96,6 +96,11 @@ class Llama(nnx.Module):
         """Empty decode states, one a layer; layers with softmax attention need ``max_length``."""
         return tuple(block.attention.init_state(batch, max_length) for block in self.layers)
 
+    def state_bytes(self, length: int) -> int:
+        """Bytes of one sequence's decode state after ``length`` tokens, in the dtype of the weights."""
+        shapes = jax.eval_shape(lambda: self.init_state(1, length))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
     def extend(
         self, tokens: Int[Array, "B T"], state: tuple[Any, ...], lengths: Int[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B T V"], tuple[Any, ...]]:

@@ -72,11 +72,18 @@ def test_a_student_with_exact_heads_is_written_read_and_goes_on(tmp_path, reach,
     """By a ranking's file: through a directory, a text beyond its first cache, and a conversation's file."""
     ranking = choice.ranking("retrieval", np.asarray([[0.1, 0.2]] * 5 + [[0.0, 0.3]]))
     (tmp_path / "heads.json").write_text(choice.text(ranking))
-    convert.linearize(
+    told = convert.linearize(
         str(teacher_path()), str(tmp_path / "split"), preset="lizard", window=16, data="embedded", length=256,
         memory="none", heads=f"{tmp_path / 'heads.json'}:2", retrieval_window=reach, kept=kept,
     )  # fmt: skip
+    # Bytes of the fp32 state, by hand: rings and first tokens of 12 key heads, two of them exact, and pairs.
+    assert ("at any length" in told) == bool(reach)
     student = lizard_jax.load(tmp_path / "split")
+    token, short, layers = 2 * 32 * 4, 10, 6
+    rings = short * (16 + 4) * token + (2 * (reach + 4) * token if reach else 2 * 8192 * token)
+    pairs = short * (kept * (token + 8) + (16 * 4 if kept else 0))
+    positions = 4 * (layers + 2)
+    assert student.state_bytes(8192) == rings + pairs + positions
     assert student.config.attention is not None
     assert student.config.attention.softmax_heads == ("0.1", "5.1")
     assert student.config.attention.kept == kept
