@@ -137,4 +137,4 @@ def test_an_output_that_is_closed_ends_in_one_line():
         process.stdout.close()
         err = process.stderr.read()
     assert process.returncode == 2
-    assert err == "error: the output was closed before the text ended\n"
+    assert err == "error: the output was closed before all of it was written\n"
