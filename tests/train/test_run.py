@@ -51,7 +51,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def line(teacher, text):
     """A command line for a few steps, without stage and out."""
-    sizes = "--sequence-length 32 --window 8 --chunk 8 --kept 4 --batch-size 8 --steps 3"
+    sizes = "--sequence-length 32 --window 8 --chunk 8 --kept 0 --batch-size 8 --steps 3"
     text_and_rate = ["--data", str(text), "--held-out", "0.1", "--held-out-tokens", "512", "--learning-rate", "1e-2"]
     return [*sizes.split(), "--teacher", str(teacher), *text_and_rate]
 
@@ -81,7 +81,7 @@ def test_heads_of_a_ranking_keep_softmax_through_both_stages(tmp_path, line, cap
     """Named once by a file; a begun run and stage 2 keep their choice, whatever has become of the file."""
     file = tmp_path / "heads.json"
     file.write_text(choice.text(choice.ranking("retrieval", np.asarray([[0.2, 0.8]]))))
-    own = [*line, "--heads", f"{file}:1", "--out", str(tmp_path / "run")]
+    own = [*line, "--kept", "4", "--heads", f"{file}:1", "--out", str(tmp_path / "run")]
     assert train.main(["--stage=1", *own]) == 0
     record = json.loads((tmp_path / "run" / "stage1" / "run.json").read_text())
     assert record["config"]["attention"]["softmax_heads"] == ["0.1"]
@@ -93,11 +93,15 @@ def test_heads_of_a_ranking_keep_softmax_through_both_stages(tmp_path, line, cap
     assert all(np.abs(np.asarray(new[name] - fresh[name])).max() > 0 for name in new)
     file.unlink()
     assert train.main(["--stage=1", *own]) == 0
-    assert train.main(["--stage=2", *line, "--out", str(tmp_path / "run")]) == 0
-    second, _ = load_run(tmp_path / "run" / "stage2")
-    assert second.config.attention.softmax_heads == ("0.1",)
+    assert train.main(["--stage=2", *line, "--kept", "4", "--out", str(tmp_path / "run")]) == 0
+    attention = load_run(tmp_path / "run" / "stage2")[0].config.attention
+    assert (attention.softmax_heads, attention.kept) == (("0.1",), 4)
     capsys.readouterr()
-    _refused(capsys, ["--stage=2", *line, "--heads", "auto:1", "--out", str(tmp_path / "run")], "heads='auto:1'")
+    _refused(
+        capsys,
+        ["--stage=2", *line, "--kept", "4", "--heads", "auto:1", "--out", str(tmp_path / "run")],
+        "heads='auto:1'",
+    )
     other = ["--stage=1", *line, "--heads", "auto:1", "--softmax-heads", "0.0", "--out", str(tmp_path / "other")]
     _refused(capsys, other, "give one of them")
     _refused(capsys, ["--stage=1", *line, "--heads", str(file), "--out", str(tmp_path / "other")], "heads.json")
