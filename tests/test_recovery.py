@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import recovery
-from lizard_jax.config import preset
+from lizard_jax.cli import load_recipe
 from lizard_jax.embedded import corpus, teacher_path
 
 
@@ -94,7 +94,7 @@ def test_tasks_beside_the_loss(call, tmp_path, capsys):
 
 
 def test_flags_say_what_differs_from_the_default_recipe():
-    attention = dataclasses.replace(preset("lizard"), window=32, chunk=32, measured_start=False, memory="none")
+    attention = dataclasses.replace(load_recipe("tiny", 1).attention, measured_start=False, memory="none")
     assert recovery.flags(attention) == ["--memory=none", "--no-measured-start"]
 
 
