@@ -121,7 +121,9 @@ def train(arguments: argparse.Namespace, name: str, stage: int) -> Path:
         "--no-segment-mask", f"--held-out={HELD_OUT}", "--held-out-tokens=16384", "--no-remat",
     ]  # fmt: skip
     if stage == 1 or name in NO_STAGE1:
-        command += [*SETS[arguments.set][name], f"--window={arguments.window}", "--chunk=64"]
+        # The preset as it is: the default recipe's own width of features and pairs are not its.
+        own = ["--kept=0", "--feature-half=0", *SETS[arguments.set][name]]
+        command += [*own, f"--window={arguments.window}", "--chunk=64"]
     if stage == 2:
         command += STAGE2.get(name, [])
     print("$", *command, flush=True)
