@@ -20,7 +20,7 @@ _stage1 = RunConfig(
     stage=1,
     attention=dataclasses.replace(preset("lizard"), window=32, chunk=32, kept=45, feature_half=8),
     data=_data,
-    optim=OptimConfig(learning_rate=1e-2, tokens=600_000),
+    optim=OptimConfig(learning_rate=1e-2, tokens=450_000),
 )
 
 RECIPE: dict[int, RunConfig] = {
