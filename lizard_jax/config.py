@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 from lizard_jax.errors import UserError
 
+HEAD = re.compile(r"[0-9]{1,6}\.[0-9]{1,6}")
+"""A key head's name: its layer and its number there."""
+
 
 def option(default: Any, help: str) -> Any:
     """A dataclass field with a default and the help text that ``--help`` shows."""
@@ -122,10 +125,8 @@ class LizardConfig:
                 f"attention retrieval_window={self.retrieval_window} is below the window of {self.window}, which every "
                 "head has"
             )
-        if wrong := [name for name in self.softmax_heads if not re.fullmatch(r"[0-9]{1,6}\.[0-9]{1,6}", str(name))]:
-            raise UserError(f"softmax-heads names {', '.join(map(repr, wrong))}; a key head is LAYER.HEAD, as 3.0")
-        if wrong := [name for name in self.softmax_heads if not isinstance(name, str)]:
-            raise UserError(f"softmax-heads has {wrong[0]!r}, which must be a string, as '3.0'")
+        if wrong := [name for name in self.softmax_heads if not (isinstance(name, str) and HEAD.fullmatch(name))]:
+            raise UserError(f"softmax-heads names {', '.join(map(repr, wrong))}; a key head is LAYER.HEAD, as '3.0'")
         # One spelling and one order, so that the same choice is the same setting.
         heads = sorted({tuple(map(int, name.split("."))) for name in self.softmax_heads})
         object.__setattr__(self, "softmax_heads", tuple(f"{layer}.{head}" for layer, head in heads))

@@ -176,7 +176,7 @@ def test_the_command_ranks_scores_and_writes(tmp_path, capsys):
         (["--seed", "-1"], "--seed is -1"),
         (["--by", "loss"], "--by loss needs --data"),
         (["--data", "nowhere.txt"], "nowhere.txt"),
-        (["--filler", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["--filler", "nowhere.txt"], "cannot read the filler nowhere.txt"),
         (["--length", "20", "--window", "8"], "is too short"),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -112,6 +113,20 @@ def sentences(text: str) -> tuple[str, ...]:
             f"the filler has {len(found)} sentences of 20 to 300 characters without digits; give a longer one"
         )
     return found
+
+
+def filler(file: str | Path | None) -> tuple[str, ...] | None:
+    """The sentences of a text file; None, for prose of our own, where there is none.
+
+    Raises:
+        UserError: it cannot be read, or has too few.
+    """
+    if file is None:
+        return None
+    try:
+        return sentences(Path(file).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the filler {file}: {getattr(error, 'strerror', None) or error}") from None
 
 
 class Measure:

@@ -59,7 +59,7 @@ def run(told: argparse.Namespace) -> None:
     Raises:
         UserError: a number out of range, a length that cannot hold the passkeys, or no model.
     """
-    from lizard_jax.data.haystack import Measure
+    from lizard_jax.data.haystack import Measure, filler
     from lizard_jax.data.passkey import PasskeySet
     from lizard_jax.data.text import load_tokenizer
 
@@ -72,7 +72,7 @@ def run(told: argparse.Namespace) -> None:
         raise UserError(f"--write makes Alpaca records; leave out --form {told.form}")
     place = results.prepare(told.out) if not told.write else None
     tokenizer = load_tokenizer(_checkpoint.tokenizer_source(told))
-    ruler = Measure(tokenizer, retrieval.filler(told))
+    ruler = Measure(tokenizer, filler(told.filler))
     sets = [
         PasskeySet(ruler, length, told.keys, key_tokens, told.form, told.seed, bool(told.write), told.depths)
         for length in told.lengths

@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from itertools import batched
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,22 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser, *, lengths: Sequence[int], sa
     parser.add_argument("--seed", type=int, default=0, help="of the examples (default %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="examples read side by side (default %(default)s)")
     parser.add_argument("--out", metavar="DIR", help="also write result.json and the picture there")
-
-
-def filler(told: argparse.Namespace) -> Sequence[str] | None:
-    """The sentences of ``--filler``.
-
-    Raises:
-        UserError: it cannot be read, or has too few.
-    """
-    from lizard_jax.data.haystack import sentences
-
-    if told.filler is None:
-        return None
-    try:
-        return sentences(Path(told.filler).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the filler {told.filler}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def check(told: argparse.Namespace, *more: str) -> None:

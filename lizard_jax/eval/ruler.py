@@ -202,7 +202,7 @@ def run(told: argparse.Namespace) -> None:
     Raises:
         UserError: a number out of range, a length that cannot hold a task's facts, or no model.
     """
-    from lizard_jax.data.haystack import Measure
+    from lizard_jax.data.haystack import Measure, filler
     from lizard_jax.data.text import load_tokenizer
 
     retrieval.check(told, "needles")
@@ -211,7 +211,7 @@ def run(told: argparse.Namespace) -> None:
     told.tasks = list(dict.fromkeys(told.tasks))
     place = results.prepare(told.out)
     tokenizer = load_tokenizer(_checkpoint.tokenizer_source(told))
-    ruler = Measure(tokenizer, retrieval.filler(told))
+    ruler = Measure(tokenizer, filler(told.filler))
     for task in told.tasks:
         # A length that cannot be made is told before anything slow begins.
         example(task, ruler, length=told.lengths[0], seed=told.seed, index=0, needles=told.needles, form=told.form)

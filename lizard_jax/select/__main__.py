@@ -91,14 +91,14 @@ def rank(told: argparse.Namespace) -> dict[str, Any]:
 
     from lizard_jax.convert.files import teacher_dir
     from lizard_jax.convert.load import load_hf
-    from lizard_jax.data.haystack import Measure, sentences
+    from lizard_jax.data.haystack import Measure, filler
     from lizard_jax.data.text import load_tokenizer
     from lizard_jax.select import choice, rank
     from lizard_jax.select.needles import make
 
     source = teacher_dir(told.teacher)
     tokenizer = load_tokenizer(source)
-    measure = Measure(tokenizer, None if told.filler is None else sentences(_text(told.filler)))
+    measure = Measure(tokenizer, filler(told.filler))
     # Other random numbers, other texts: those that rank never score.
     ranked = make(measure, told.length, told.samples, seed=2 * told.seed)
     scored = make(measure, told.length, told.scored, seed=2 * told.seed + 1)
@@ -129,13 +129,6 @@ def rank(told: argparse.Namespace) -> dict[str, Any]:
             tokens = number * told.length + (heads - number) * min(told.length, told.window + 4)
             rows.append({"heads": number, "cache": tokens / (heads * told.length), **vars(kept)})
     return {"ranking": ranking, "rows": rows, "scores": scores, "heads": heads}
-
-
-def _text(file: str) -> str:
-    try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _plain(told: argparse.Namespace, measure: Any, most: int) -> list[Any]:

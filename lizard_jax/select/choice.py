@@ -1,7 +1,6 @@
 """A ranking of key heads in a file, and the heads that a share of it names."""
 
 import contextlib
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -124,4 +123,4 @@ def resolved(spec: str, source: Path, window: int, mesh: Mesh | None = None) -> 
 
 def text(found: Ranking) -> str:
     """The file's content."""
-    return json.dumps(found.model_dump(), indent=1) + "\n"
+    return found.model_dump_json(indent=1) + "\n"

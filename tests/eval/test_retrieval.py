@@ -12,7 +12,7 @@ import pytest
 
 from lizard_jax.config import DataConfig
 from lizard_jax.convert.load import load_hf
-from lizard_jax.data.haystack import FORMS, Measure
+from lizard_jax.data.haystack import FORMS, Measure, filler
 from lizard_jax.data.passkey import PasskeySet, training_lines
 from lizard_jax.data.records import documents
 from lizard_jax.data.text import load_tokenizer, tokenize
@@ -137,7 +137,7 @@ def test_a_text_of_ones_own_hides_the_needles(embedded, tmp_path):
     told = [f"This is the {word} of many sentences,\nnone of which means much." for word in "abcdefghijkl"]
     file = tmp_path / "book.txt"
     file.write_text(" ".join(["Short.", *told[:6], "In 1984 a number spoilt this one for us.", *told[6:]]))
-    kept = retrieval.filler(argparse.Namespace(filler=str(file)))
+    kept = filler(file)
     assert kept == tuple(" ".join(one.split()) for one in told)
     texts = {PasskeySet(Measure(embedded.tokenizer, kept), 700, form="plain")[index].prompt for index in range(6)}
     for text in texts:
@@ -147,9 +147,9 @@ def test_a_text_of_ones_own_hides_the_needles(embedded, tmp_path):
     assert len({text[:20] for text in texts}) > 1
     file.write_text("Too short. To hide anything.")
     with pytest.raises(UserError, match="the filler has 0 sentences"):
-        retrieval.filler(argparse.Namespace(filler=str(file)))
+        filler(file)
     with pytest.raises(UserError, match=r"cannot read the filler .*: No such file"):
-        retrieval.filler(argparse.Namespace(filler=str(tmp_path / "none.txt")))
+        filler(tmp_path / "none.txt")
 
 
 def test_depths_are_asked_for_in_turn(embedded):
