@@ -5,11 +5,12 @@
     uv run --extra eval benchmarks/recovery.py … --hellaswag hellaswag.txt.bz2 --book books.txt --lengths 1024 2048 4096
 
 Rows are students of the teacher: ours; the same bytes with a quarter of the features and the window, or the kept pairs,
-that this pays for; windows alone with the same real first tokens, as wide, as wide as our state's bytes would buy, and
-with kept pairs in their place; and with ``--heads`` two that keep some key heads whole. Each is scored before training,
-after stage 1 and after stage 2, all with one budget, one order of the same data and one pair of learning rates. Loss is
-by position (the number of tokens before a prediction), in articles or books of ``--score`` of which nothing was trained
-on: of each, its first tokens, as many as the longest extent takes.
+that this pays for, as many for every key head or as many as each needs; windows alone with the same real first tokens,
+as wide, as wide as our state's bytes would buy, and with kept pairs in their place, either way; and with ``--heads``
+two that keep some key heads whole. Each is scored before training, after stage 1 and after stage 2, all with one
+budget, one order of the same data and one pair of learning rates. Loss is by position (the number of tokens before a
+prediction), in articles or books of ``--score`` of which nothing was trained on: of each, its first tokens, as many as
+the longest extent takes.
 ``±`` is the standard error of the mean difference from the teacher in the last bucket, paired by text.
 
 Asked for by their flags: ``--hellaswag`` scores questions; ``--book`` hides in the last text of that file, which no
@@ -57,6 +58,7 @@ from lizard_jax.eval import passkey, recall, retrieval
 from lizard_jax.eval.perplexity import by_slices, token_losses
 from lizard_jax.generate.prompts import end_tokens
 from lizard_jax.models import Llama, build
+from lizard_jax.select.budgets import Curves, Size, automatic, read, spend
 from lizard_jax.select.choice import resolved
 from lizard_jax.train.linearize import linearize
 
@@ -75,7 +77,9 @@ WHENS = ("no training", "stage 1", "stage 2")
 # ------------------------------------------------------------------------------------------------- what is compared
 
 
-def students(window: int, teacher: Path, heads: tuple[str, ...] = ()) -> dict[str, LizardConfig]:
+def students(
+    window: int, teacher: Path, heads: tuple[str, ...] = (), curves: Curves | None = None
+) -> dict[str, LizardConfig]:
     """By name, the attention of each row."""
     ours = dataclasses.replace(preset("lizard"), window=window)
     shape = model_config(read_json(teacher / "config.json"))
@@ -98,6 +102,11 @@ def students(window: int, teacher: Path, heads: tuple[str, ...] = ()) -> dict[st
         "window": dataclasses.replace(ours, memory="none"),
         "window, equal bytes": dataclasses.replace(ours, memory="none", window=wider),
     }
+    if curves is not None:
+        # The same bytes once more, in as many pairs for each key head as it needs.
+        limit = Size(state_bytes(teacher, out["window, equal bytes"], max(BUCKETS)), max(BUCKETS))
+        for name, switches in (("lizard, pairs by head", pairs), ("window, pairs by head", alone)):
+            out[name] = spend(curves, limit, shape, switches).switches
     if heads:
         out["lizard, kept pairs, exact heads"] = dataclasses.replace(pairs, softmax_heads=heads)
         out["window, exact heads"] = dataclasses.replace(ours, memory="none", softmax_heads=heads)
@@ -116,6 +125,21 @@ def state_bytes(teacher: Path, attention: LizardConfig | None, length: int) -> i
     shape = model_config(read_json(teacher / "config.json"), attention=attention)
     model = nnx.eval_shape(lambda: build(shape, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     return model.state_bytes(length)
+
+
+def needs(told: argparse.Namespace, text: Path) -> Curves:
+    """What each key head needs, by the beginning of the training text."""
+    place = told.out / "budgets.json"
+    if not place.is_file():
+        switches = dataclasses.replace(preset("lizard"), window=told.window)
+        found = automatic(told.teacher, switches, data(told, text), dtype="float32")
+        write_atomic(place, found.model_dump_json(indent=1) + "\n")
+    return read(place)
+
+
+def data(told: argparse.Namespace, text: Path) -> DataConfig:
+    """Stage 1's text."""
+    return DataConfig(path=str(text), sequence_length=told.length, batch_size=told.batch, segment_mask=False)
 
 
 def sizes(told: argparse.Namespace, attention: LizardConfig | None) -> dict[str, int]:
@@ -172,7 +196,7 @@ def train(told: argparse.Namespace, attention: LizardConfig, stage: int, where: 
         sys.executable, str(ROOT / "train.py"), f"--stage={stage}", f"--out={where}", f"--teacher={told.teacher}",
         f"--data={text}", f"--sequence-length={length}", f"--batch-size={told.batch}", f"--tokens={tokens}",
         f"--learning-rate={rate}", "--no-segment-mask", f"--held-out-tokens={2 * length}", "--no-remat",
-        f"--validate-every={max(1, tokens // (told.batch * length) // 4)}",
+        "--state-bytes=", f"--validate-every={max(1, tokens // (told.batch * length) // 4)}",
         *(flags(attention) if stage == 1 or not attention.adds_modules else []),
         *([f"--kl={told.kl}"] if stage == 2 else []),
     ]  # fmt: skip
@@ -186,8 +210,7 @@ def student(told: argparse.Namespace, attention: LizardConfig, when: str, where:
     if when != WHENS[0]:
         return lizard_jax.load(str(where / when.replace(" ", "")))
     # As stage 1 starts: from the first batches of the same order.
-    data = DataConfig(path=str(text), sequence_length=told.length, batch_size=told.batch, segment_mask=False)
-    model, start = linearize(told.teacher, attention, data, dtype="float32")
+    model, start = linearize(told.teacher, attention, data(told, text), dtype="float32")
     if start is not None:
         print(start.summary(), flush=True)
     return model
@@ -477,7 +500,7 @@ def run(told: argparse.Namespace) -> int:
     told.out.mkdir(parents=True, exist_ok=True)
     text = training_text(told.train, tokenizer, told.out)
     exact = resolved(told.heads, told.teacher, told.window) if told.heads else ()
-    variants = students(told.window, told.teacher, exact)
+    variants = students(told.window, told.teacher, exact, needs(told, text))
     unknown = set(told.rows or ()) - set(variants)
     if unknown:
         raise UserError(f"no row {', '.join(sorted(unknown))}; choose from {', '.join(variants)}")

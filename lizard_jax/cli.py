@@ -118,7 +118,7 @@ def override(config: RunConfig, values: dict[str, Any]) -> RunConfig:
 def with_preset(config: RunConfig, name: str, attention: dict[str, Any]) -> RunConfig:
     """The settings with another attention preset: its switches, then the recipe's changes, then these.
 
-    The width of its feature map and the kept pairs a recipe chose for its own preset: another stays as published.
+    Feature width and state size that a recipe chose are its own preset's: another stays as published.
 
     Raises:
         UserError: unknown preset, or switches that do not go together.
@@ -129,8 +129,9 @@ def with_preset(config: RunConfig, name: str, attention: dict[str, Any]) -> RunC
     if name != config.preset:
         for field in ("feature_half", "kept"):
             changed.pop(field, None)
+    size = config.state_bytes if name == config.preset else ""
     return dataclasses.replace(
-        config, preset=name, attention=dataclasses.replace(preset(name), **{**changed, **attention})
+        config, preset=name, state_bytes=size, attention=dataclasses.replace(preset(name), **{**changed, **attention})
     )
 
 

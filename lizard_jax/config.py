@@ -13,6 +13,8 @@ from lizard_jax.errors import UserError
 
 HEAD = re.compile(r"[0-9]{1,6}\.[0-9]{1,6}")
 """A key head's name: its layer and its number there."""
+BUDGET = re.compile(r"([0-9]{1,6})\.([0-9]{1,6})=([0-9]{1,8})\+([0-9]{1,7})")
+"""A key head's budget: its name, its window and its kept pairs."""
 
 
 def option(default: Any, help: str) -> Any:
@@ -97,6 +99,7 @@ class LizardConfig:
     softmax_layers: tuple[int, ...] = option((), "layers that keep the teacher's softmax attention")
     softmax_heads: tuple[str, ...] = option((), "key heads that keep it, as LAYER.HEAD; --heads takes them from a file")
     retrieval_window: int = option(0, "tokens that softmax_heads see, beside the first; 0 keeps all in a growing cache")
+    budgets: tuple[str, ...] = option((), "key heads with a window and kept pairs of their own, as LAYER.HEAD=W+X")
 
     def __post_init__(self) -> None:
         choices = {
@@ -130,6 +133,7 @@ class LizardConfig:
         # One spelling and one order, so that the same choice is the same setting.
         heads = sorted({tuple(map(int, name.split("."))) for name in self.softmax_heads})
         object.__setattr__(self, "softmax_heads", tuple(f"{layer}.{head}" for layer, head in heads))
+        self._check_budgets()
         if not 0 <= self.feature_half <= 2**14:
             raise UserError(f"attention feature_half={self.feature_half} must be 0 (the head width) or 1 to {2**14}")
         if not math.isfinite(self.beta_start):
@@ -139,7 +143,7 @@ class LizardConfig:
                 "attention memory=all with combine=joint counts the window's tokens twice; "
                 "use memory=evicted with joint, or combine=sum with all"
             )
-        if self.kept and self.memory == "all":
+        if self.memory == "all" and (self.kept or any(kept for _, kept in self.own_budgets.values())):
             raise UserError("attention memory=all would count kept pairs twice; give kept=0, or memory=evicted")
         if self.memory == "none" and self.combine == "sum":
             raise UserError("attention memory=none has no linear branch to sum; use combine=joint")
@@ -147,6 +151,36 @@ class LizardConfig:
             raise UserError(
                 f"attention gate_bias=true belongs to gate=scalar, not gate={self.gate}; set gate_bias=false"
             )
+
+    def _check_budgets(self) -> None:
+        """Each head once, in one order, and none that has what all have: one choice is one setting."""
+        found: dict[tuple[int, int], tuple[int, int]] = {}
+        for text in self.budgets:
+            match = BUDGET.fullmatch(text) if isinstance(text, str) else None
+            if match is None:
+                raise UserError(f"budgets has {text!r}; a head's budget is LAYER.HEAD=W+X, as '3.0=64+128'")
+            layer, head, window, kept = map(int, match.groups())
+            if not 1 <= window <= 2**24 or kept > 2**20:
+                raise UserError(f"budgets has {text!r}; a window is 1 to {2**24}, kept pairs are 0 to {2**20}")
+            if (layer, head) in found:
+                raise UserError(f"budgets names the key head {layer}.{head} twice")
+            if f"{layer}.{head}" in self.softmax_heads:
+                raise UserError(f"budgets and softmax-heads both name the key head {layer}.{head}; leave it out of one")
+            found[layer, head] = window, kept
+        own = {head: budget for head, budget in sorted(found.items()) if budget != (self.window, self.kept)}
+        texts = (f"{layer}.{head}={window}+{kept}" for (layer, head), (window, kept) in own.items())
+        object.__setattr__(self, "budgets", tuple(texts))
+
+    @property
+    def own_budgets(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """By layer and key head, the window and the kept pairs of those that ``budgets`` names."""
+        matches = (BUDGET.fullmatch(text) for text in self.budgets)
+        numbers = (tuple(map(int, match.groups())) for match in matches if match is not None)
+        return {(layer, head): (window, kept) for layer, head, window, kept in numbers}
+
+    def budget(self, layer: int, head: int) -> tuple[int, int]:
+        """The window and the kept pairs of a key head."""
+        return self.own_budgets.get((layer, head), (self.window, self.kept))
 
     def exact_heads(self, layer: int) -> tuple[int, ...]:
         """The key heads of a layer that keep softmax attention by name; ``softmax_layers`` are not among them."""
@@ -228,6 +262,12 @@ class ModelConfig:
                 f"softmax-heads names {', '.join(absent)}, and the model has layers 0 to {self.num_layers - 1} of key "
                 f"heads 0 to {self.kv_heads - 1}"
             )
+        own = self.attention.own_budgets if self.attention is not None else {}
+        if missing := [f"{layer}.{head}" for layer, head in own if not self._has(layer, head)]:
+            raise UserError(
+                f"budgets names {', '.join(missing)}, and the model has layers 0 to {self.num_layers - 1} of key "
+                f"heads 0 to {self.kv_heads - 1}"
+            )
         if self.attention is not None and heads:
             layers = [layer for layer in range(self.num_layers) if layer not in kept]
             if all(len(self.attention.exact_heads(layer)) == self.kv_heads for layer in layers):
@@ -304,6 +344,10 @@ class RunConfig:
     heads: str = option(
         "", "which key heads keep softmax attention: FILE:N or FILE:10% of `lizard select`, or auto:10%"
     )
+    state_bytes: str = option(
+        "", "size of a sequence's state, as 16MiB or 258tokens (of a plain window): split among key heads by need"
+    )
+    curves: str = option("", "what each key head needs, from `lizard select --by error`; default: the text says")
     dtype: Literal["float32", "bfloat16", "float64"] = option("float32", "dtype of base weights and activations")
     attention: LizardConfig = LizardConfig()
     data: DataConfig = DataConfig()

@@ -31,7 +31,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(q|k|v|gate|up)_proj/bias$", PartitionSpec("tensor")),
     (r"embed/embedding$", PartitionSpec("tensor", "fsdp")),
     (r"lm_head/kernel$", PartitionSpec("fsdp", "tensor")),
-    (r"mixer/(short/)?phi_(q|k)/\w+$", PartitionSpec("tensor", "fsdp", None)),
+    (r"mixer/(short/|more/\d+/)?phi_(q|k)/\w+$", PartitionSpec("tensor", "fsdp", None)),
 )
 
 
@@ -151,3 +151,12 @@ def put(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(place, tree, shardings)
+
+
+def on_host(tree: Any) -> Any:
+    """The whole of every array as numpy's, in every process."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 import lizard_jax
 from lizard_jax.atomic import finite
 from lizard_jax.config import DataConfig, LizardConfig
+from lizard_jax.convert.files import carry
 from lizard_jax.convert.hf_config import model_config
 from lizard_jax.convert.load import load_hf
 from lizard_jax.data import template
@@ -248,6 +249,31 @@ def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
     (place / "adapter" / "adapter_config.json").write_text(json.dumps(PLAIN | {"use_rslora": True}))
     projection = load_hf(place).layers[0].attention.q_proj
     np.testing.assert_allclose(merged_kernel(projection), (8 / 4**0.5 * b @ a).T, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_beside_the_model_is_not_left_out_silently(tmp_path):
+    place = scripted(tmp_path / "model")
+    (place / "adapter_config.json").write_text(json.dumps(PLAIN))
+    with pytest.raises(UserError, match="merge it with PEFT first"):
+        load_hf(place)
+
+
+def test_no_file_from_elsewhere_is_carried_along(tmp_path):
+    place = scripted(tmp_path / "model")
+    (tmp_path / "secret").write_text("mine")
+    (place / "tokenizer.model").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="outside the checkpoint"):
+        carry(place, tmp_path)
+    # The hub's cache is links too.
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "0").write_text("tokens")
+    (snapshot / "tokenizer.model").symlink_to(blobs / "0")
+    (tmp_path / "out").mkdir()
+    carry(snapshot, tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer.model").is_symlink()
+    assert (tmp_path / "out" / "tokenizer.model").read_text() == "tokens"
 
 
 def test_a_missing_prefix_is_not_a_list_of_every_tensor(tmp_path):

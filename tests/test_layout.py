@@ -21,15 +21,16 @@ ALLOWED: dict[str, list[str]] = {
     "nn": NN,
     "models": MODEL,
     "lora": MODEL,
+    "losses": MODEL,
     "embedded": BASE,
     "data": [*BASE, "embedded"],
     "convert": [*MODEL, "lora", "embedded", "orbax_noise"],
     "cli": [*BASE, "configs", "embedded", "program"],
-    "select": [*MODEL, "convert", "data", "embedded", "atomic", "program"],
-    "train": [*MODEL, "lora", "convert", "data", "embedded", "cli", "orbax_noise", "atomic", "select"],
+    "select": [*MODEL, "losses", "convert", "data", "embedded", "atomic", "program"],
+    "train": [*MODEL, "losses", "lora", "convert", "data", "embedded", "cli", "orbax_noise", "atomic", "select"],
     "generate": [*MODEL, "convert", "data", "atomic"],
     "load": [*MODEL, "lora", "convert", "train", "generate"],
-    "eval": [*MODEL, "lora", "convert", "data", "embedded", "train", "generate", "load", "atomic"],
+    "eval": [*MODEL, "losses", "lora", "convert", "data", "embedded", "train", "generate", "load", "atomic"],
 }
 
 

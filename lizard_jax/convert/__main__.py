@@ -73,6 +73,14 @@ def arguments() -> argparse.ArgumentParser:
         help="exact pairs a key head keeps of what left its window (default %(default)s)",
     )  # fmt: skip
     linear.add_argument(
+        "--state-bytes", default="", metavar="SIZE",
+        help="size of a sequence's state, as 16MiB or 258tokens (of a plain window): split among key heads by need",
+    )  # fmt: skip
+    linear.add_argument(
+        "--curves", default="", metavar="FILE",
+        help="what each key head needs, from `lizard select --by error` (default: measured on --data)",
+    )  # fmt: skip
+    linear.add_argument(
         "--feature-half", type=int, default=0, metavar="N",
         help="half-width of the feature map; 0 leaves it to the preset (default %(default)s)",
     )  # fmt: skip
@@ -130,33 +138,44 @@ def flax2hf(src: str, dst: str, *, adapter: bool, teacher: str | None = None) ->
 def linearize(
     src: str, dst: str, *, preset: str, window: int, data: str, length: int, memory: str | None = None,
     heads: str = "", retrieval_window: int = 0, kept: int = 0, feature_half: int = 0,
+    state_bytes: str = "", curves: str = "",
 ) -> str:  # fmt: skip
     """Runs ``linearize`` and returns the lines that say what was measured and written."""
     import dataclasses
 
     from lizard_jax import config
-    from lizard_jax.convert.files import refuse_existing
+    from lizard_jax.convert.files import locate, refuse_existing
     from lizard_jax.convert.save import save_hf
     from lizard_jax.train.linearize import linearize as student_of
 
     refuse_existing(dst)
+    if state_bytes and kept:
+        from lizard_jax.errors import UserError
+
+        raise UserError("--state-bytes says what is kept; leave out --kept")
     given = config.preset(preset)
     more: dict[str, int] = {"feature_half": feature_half} if feature_half else {}
     attention = dataclasses.replace(given, window=window, kept=kept or given.kept, **more)
     if memory is not None:
         attention = dataclasses.replace(attention, memory=memory)
     if heads:
-        from lizard_jax.convert.files import locate
         from lizard_jax.select.choice import resolved
 
         chosen = resolved(heads, locate(src), window)
         attention = dataclasses.replace(attention, softmax_heads=chosen, retrieval_window=retrieval_window)
     text = config.DataConfig(path=data, sequence_length=length, batch_size=1, segment_mask=False)
+    said = []
+    if state_bytes:
+        from lizard_jax.select import budgets
+
+        spent = budgets.split(state_bytes, locate(src), attention, text, curves)
+        attention = spent.switches
+        said.append(spent.summary())
     with _Bar("reading") as progress:
         model, start = student_of(src, attention, text, progress=progress)
     with _Bar("writing") as progress:
         save_hf(model, dst, source=src, progress=progress)
-    return "\n".join([*([start.summary()] if start else []), _state(model), _summary(model, dst)])
+    return "\n".join([*said, *([start.summary()] if start else []), _state(model), _summary(model, dst)])
 
 
 def _state(model: "Llama") -> str:
@@ -218,6 +237,7 @@ def _main() -> int:
                 told.src, told.dst, preset=told.preset, window=told.window, data=told.data,
                 length=told.sequence_length, memory=told.memory, heads=told.heads,
                 retrieval_window=told.retrieval_window, kept=told.kept, feature_half=told.feature_half,
+                state_bytes=told.state_bytes, curves=told.curves,
             )
         )  # fmt: skip
     else:

@@ -64,7 +64,7 @@ def locate(src: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     def fetch(*weights: str) -> Path:
-        wanted = ["config.json", "lizard.safetensors", "adapter/*", *CARRIED, *weights]
+        wanted = ["config.json", "lizard.safetensors", "adapter/*", "adapter_config.json", *CARRIED, *weights]
         return Path(snapshot_download(str(src), allow_patterns=wanted, ignore_patterns=["original/*", "consolidated*"]))
 
     try:
@@ -102,10 +102,19 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def carry(source: Path, target: Path) -> None:
-    """Copies tokenizer, generation config, licence and readme files that lie at the top of ``source``."""
+    """Copies tokenizer, generation config, licence and readme files that lie at the top of ``source``.
+
+    Raises:
+        UserError: one is a link to a file elsewhere, which is not the checkpoint's to give away.
+    """
+    whole = source.resolve()
+    # A snapshot of the hub's cache is links to its repository's blobs.
+    home = whole.parent.parent if whole.parent.name == "snapshots" else whole
     for pattern in CARRIED:
         for file in sorted(source.glob(pattern)):
             if file.is_file():
+                if not (real := file.resolve()).is_relative_to(home):
+                    raise UserError(f"{file} is a link to {real}, outside the checkpoint; copy that file there")
                 place = target / file.relative_to(source)
                 place.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, place)

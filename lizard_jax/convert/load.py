@@ -43,6 +43,7 @@ PEFT: dict[str, tuple[Any, ...]] = {
 """Settings of a PEFT adapter that change what it computes, and their values for plain LoRA."""
 NEW_MODULES = "lizard.safetensors"
 ADAPTER = "adapter"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_hf(
@@ -69,6 +70,9 @@ def load_hf(
             or of an unsupported dtype, all named at once; a truncated file; ``attention`` other than the checkpoint's.
     """
     directory = locate(src)
+    if (directory / ADAPTER_CONFIG).is_file():
+        # transformers would apply it where peft is installed, and leave it out where it is not.
+        raise UserError(f"{src} holds a PEFT adapter ({ADAPTER_CONFIG}); merge it with PEFT first, or take it away")
     raw = read_json(directory / "config.json")
     try:
         saved = None if raw.get("lizard") is None else lizard_config(raw["lizard"])
@@ -152,7 +156,7 @@ def _existing(file: Path) -> Path:
 
 
 def _lora_config(adapter: Path) -> LoraConfig:
-    file = adapter / "adapter_config.json"
+    file = adapter / ADAPTER_CONFIG
     raw = read_json(file)
     wrong = [
         key for key, kind in (("r", int), ("lora_alpha", (int, float)), ("target_modules", (list, str)))

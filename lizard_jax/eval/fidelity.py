@@ -185,7 +185,7 @@ def _compare() -> Callable:
     import jax
     import jax.numpy as jnp
 
-    from lizard_jax.train.losses import head_error
+    from lizard_jax.losses import head_error
 
     def predictions(student: "Llama", teacher: "Llama") -> Callable:
         def of(ours: Any, theirs: Any, targets: Any) -> dict[str, Any]:

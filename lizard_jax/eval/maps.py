@@ -51,11 +51,11 @@ def _mixer_maps(mixer: Any, normed: Any, q: Any, k: Any, v: Any) -> Maps:
     from lizard_jax.nn.split_attention import SplitMixer
 
     if isinstance(mixer, SplitMixer):
-        short = _mixer_maps(mixer.short, normed, *mixer.short_part(q, k, v))
-        long = _mixer_maps(mixer.ring or mixer.whole, normed, *mixer.long_part(q, k, v))
+        mixers = [*mixer.linearized, *([] if mixer.long is None else [mixer.long])]
+        parts = [_mixer_maps(own, normed, *mixer.part(i, q, k, v)) for i, own in enumerate(mixers)]
         return Maps(
             *(
-                np.concatenate([getattr(short, name), getattr(long, name)])[list(mixer.order)]
+                np.concatenate([getattr(part, name) for part in parts])[list(mixer.order)]
                 for name in ("window", "gated", "meta")
             )
         )

@@ -125,7 +125,7 @@ def by_slices(model: "Llama", function: Callable, *arrays: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from lizard_jax.train.losses import LOGITS_AT_ONCE
+    from lizard_jax.losses import LOGITS_AT_ONCE
 
     batch, time = arrays[0].shape[:2]
     slices = 1

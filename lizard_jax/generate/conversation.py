@@ -46,7 +46,7 @@ def fingerprint(model: Llama) -> str:
     for name in ("yarn", "longrope"):
         if settings["rope"][name] is None:
             del settings["rope"][name]  # states of before there was one are still known
-    for name in ("softmax_heads", "retrieval_window", "kept"):
+    for name in ("softmax_heads", "retrieval_window", "budgets", "kept"):
         if settings["attention"] and not settings["attention"][name]:
             del settings["attention"][name]  # the same
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())

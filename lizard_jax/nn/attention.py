@@ -11,7 +11,7 @@ from lizard_jax.nn.layers import Linear, RMSNorm
 from lizard_jax.nn.lizard_attention import LizardMixer
 from lizard_jax.nn.rope import query_scale
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
-from lizard_jax.nn.split_attention import SplitMixer, ring_of
+from lizard_jax.nn.split_attention import SplitMixer, classes, of_heads, ring_of
 from lizard_jax.typing import Array, Float, Int
 
 
@@ -23,16 +23,20 @@ def mixer_of(config: ModelConfig, layer_index: int, *, rngs: nnx.Rngs) -> Softma
     if len(exact) == config.kv_heads:
         reach = config.attention.retrieval_window
         return LizardMixer(ring_of(config, len(exact)), rngs=rngs) if reach else SoftmaxMixer(config, layer_index)
-    return SplitMixer(config, layer_index, exact, rngs=rngs) if exact else LizardMixer(config, rngs=rngs)
+    found = classes(config, layer_index)
+    if exact or len(found) > 1:
+        return SplitMixer(config, layer_index, rngs=rngs)
+    ((window, kept),) = found
+    return LizardMixer(of_heads(config, config.kv_heads, window=window, kept=kept), rngs=rngs)
 
 
 class Attention(nnx.Module):
     """Projects x to q, k, v, lets ``mixer`` turn them into head outputs, and projects those back to the width.
 
-    The mixer is ``SoftmaxMixer`` where ``config.attention`` is None or keeps the whole layer, ``SplitMixer`` where it
-    keeps some of its key heads (``softmax_heads``), and ``LizardMixer`` elsewhere. Each has ``__call__(x, q, k, v, *,
-    segment_ids) -> heads``, ``init_state(batch, max_length, dtype)`` and ``extend(x, q, k, v, state, lengths) ->
-    (heads, state)``.
+    The mixer is ``SoftmaxMixer`` where ``config.attention`` is None or keeps the whole layer, ``SplitMixer`` where its
+    key heads are of several classes (``softmax_heads``, ``budgets``), and ``LizardMixer`` elsewhere. Each has
+    ``__call__(x, q, k, v, *, segment_ids) -> heads``, ``init_state(batch, max_length, dtype)`` and ``extend(x, q, k, v,
+    state, lengths) -> (heads, state)``.
     """
 
     def __init__(self, config: ModelConfig, layer_index: int, *, dtype: DTypeLike, rngs: nnx.Rngs):

@@ -32,7 +32,7 @@ def near_with_pairs(
     asks, positions = context.segments != 0, context.positions
     beside = meta.beside(
         q, context.segments, positions, window=sizes.window, frequencies=frequencies, sink=sink, learned=learned,
-        prefix=context.prefix,
+        prefix=context.prefix, last=sizes.reach - 1,
     )  # fmt: skip
     # Of a whole text, documents begin where their positions do; a state has one, that began at 0.
     begins = jnp.arange(time, dtype=jnp.int32) + state.position[:, None] - positions

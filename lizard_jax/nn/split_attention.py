@@ -1,10 +1,12 @@
-"""A layer whose key heads have different budgets: a few keep softmax attention, the rest a window and a memory.
+"""A layer whose key heads have different budgets: windows and kept pairs of their own, or all of the past.
 
-A tenth of a model's key heads carries what it retrieves from far back (docs/attention.md, Budgets by key head). Heads
-of a class run together: each class is one call of its mixer, over its own heads alone.
+A tenth of a model's key heads carries what it retrieves from far back, and how much a head needs differs by orders of
+magnitude (docs/attention.md, Budgets by key head). Heads of a class run together: each class is one call of its mixer,
+over its own heads alone.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -23,21 +25,36 @@ from lizard_jax.typing import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SplitState:
-    """The states of both classes of heads.
+    """The states of all classes of heads.
 
     Attributes:
-        short: of the linearized heads.
-        long: of the exact ones: a cache that grows, or with ``retrieval_window`` a long ring of fixed size.
+        short: of the first class of linearized heads.
+        long: of the exact ones, where there are any: a cache that grows, or with ``retrieval_window`` a long ring of
+            fixed size.
+        more: of the other classes of linearized heads.
     """
 
     short: LizardState
-    long: KVCache | LizardState
+    long: KVCache | LizardState | None
+    more: tuple[LizardState, ...] = ()
+
+
+def classes(config: ModelConfig, layer_index: int) -> dict[tuple[int, int], tuple[int, ...]]:
+    """By window and kept pairs, the linearized key heads of a layer that have them; the usual budget comes first."""
+    assert config.attention is not None
+    exact, out = config.attention.exact_heads(layer_index), {}
+    for head in range(config.kv_heads):
+        if head not in exact:
+            out.setdefault(config.attention.budget(layer_index, head), []).append(head)
+    usual = (config.attention.window, config.attention.kept)
+    return {budget: tuple(out[budget]) for budget in sorted(out, key=lambda budget: (budget != usual, budget))}
 
 
 def of_heads(config: ModelConfig, kv_heads: int, **attention: object) -> ModelConfig:
     """The configuration of that many of a layer's key heads, with their query heads, and with these switches."""
     assert config.attention is not None
-    switches = dataclasses.replace(config.attention, softmax_layers=(), softmax_heads=(), **attention)  # type: ignore[arg-type]
+    usual: dict[str, object] = {"softmax_layers": (), "softmax_heads": (), "budgets": ()}
+    switches = dataclasses.replace(config.attention, **usual | attention)  # type: ignore[arg-type]
     group = config.num_heads // config.kv_heads
     return dataclasses.replace(config, num_heads=kv_heads * group, kv_heads=kv_heads, attention=switches)
 
@@ -52,27 +69,40 @@ def ring_of(config: ModelConfig, kv_heads: int) -> ModelConfig:
 
 
 class SplitMixer(nnx.Module):
-    """Exact attention for the key heads ``exact``, Lizard attention for the others; same interface as either.
+    """Key heads of several classes, each with a mixer of its own; same interface as any of them.
 
-    ``short`` is the ``LizardMixer`` of the others and holds all parameters. With ``retrieval_window`` 0 the exact heads
-    are the teacher's, and their cache grows; else they see their last ``retrieval_window`` tokens and the first
-    ``meta_tokens`` of their document, and their state has one size.
+    ``short`` is the ``LizardMixer`` of the first class of linearized heads and ``more`` those of the others; they hold
+    all parameters. Exact heads, where there are any, are the teacher's with a cache that grows; or, with
+    ``retrieval_window``, they see as many last tokens and the first ``meta_tokens`` of their document, and their state
+    has one size.
     """
 
-    def __init__(self, config: ModelConfig, layer_index: int, exact: tuple[int, ...], *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer_index: int, *, rngs: nnx.Rngs):
         assert config.attention is not None
-        others = tuple(head for head in range(config.kv_heads) if head not in exact)
+        found, self.exact = classes(config, layer_index), config.attention.exact_heads(layer_index)
+        self.kv_heads = (*found.values(), *((self.exact,) if self.exact else ()))
         group = config.num_heads // config.kv_heads
-        self.kv_short, self.kv_long = others, exact
-        self.q_short, self.q_long = (
-            tuple(head * group + i for head in heads for i in range(group)) for heads in (others, exact)
+        self.q_heads = tuple(tuple(head * group + i for head in heads for i in range(group)) for heads in self.kv_heads)
+        together = [head for heads in self.q_heads for head in heads]
+        self.order = tuple(together.index(head) for head in range(config.num_heads))
+        first, *others = (
+            LizardMixer(of_heads(config, len(heads), window=window, kept=kept), rngs=rngs)
+            for (window, kept), heads in found.items()
         )
-        both = (*self.q_short, *self.q_long)
-        self.order = tuple(both.index(head) for head in range(config.num_heads))
-        self.short = LizardMixer(of_heads(config, len(others)), rngs=rngs)
-        self.whole = SoftmaxMixer(of_heads(config, len(exact)), layer_index)
-        bounded = config.attention.retrieval_window > 0
-        self.ring = nnx.data(LizardMixer(ring_of(config, len(exact)), rngs=rngs) if bounded else None)
+        self.short, self.more = first, nnx.List(others)
+        self.whole = nnx.data(SoftmaxMixer(of_heads(config, len(self.exact)), layer_index) if self.exact else None)
+        bounded = self.exact and config.attention.retrieval_window > 0
+        self.ring = nnx.data(LizardMixer(ring_of(config, len(self.exact)), rngs=rngs) if bounded else None)
+
+    @property
+    def linearized(self) -> tuple[LizardMixer, ...]:
+        """The mixers of the classes of linearized heads, in the order of ``kv_heads`` and ``q_heads``."""
+        return (self.short, *self.more)
+
+    @property
+    def long(self) -> SoftmaxMixer | LizardMixer | None:
+        """The mixer of the exact heads, which are the last class."""
+        return self.whole if self.ring is None else self.ring
 
     def __call__(
         self,
@@ -84,11 +114,14 @@ class SplitMixer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T N H"]:
         """The head outputs before o_proj, in q's dtype; 0 for padding (segment 0)."""
-        short = self.short(x, *self.short_part(q, k, v), segment_ids=segment_ids)
-        # Where no text outgrows the ring, exact heads are plain softmax, which has a quicker form of its own.
-        long_mixer = self.whole if self.ring is None or q.shape[1] <= self.ring.switches.window else self.ring
-        long = long_mixer(x, *self.long_part(q, k, v), segment_ids=segment_ids)
-        return self._together(short, long)
+        mixers: list[SoftmaxMixer | LizardMixer] = list(self.linearized)
+        if self.whole is not None:
+            # Where no text outgrows the ring, exact heads are plain softmax, which has a quicker form of its own.
+            fits = self.ring is None or q.shape[1] <= self.ring.switches.window
+            mixers.append(self.whole if fits or self.ring is None else self.ring)
+        return self._together(
+            [mixer(x, *self.part(i, q, k, v), segment_ids=segment_ids) for i, mixer in enumerate(mixers)]
+        )
 
     def init_state(self, batch: int, max_length: int | None, dtype: DTypeLike) -> SplitState:
         """The empty past. ``max_length`` is needed where the exact heads' cache grows.
@@ -96,11 +129,9 @@ class SplitMixer(nnx.Module):
         Raises:
             UserError: it is needed and None.
         """
-        long = self.whole if self.ring is None else self.ring
-        return SplitState(
-            self.short.init_state(batch, max_length, jnp.dtype(dtype)),
-            long.init_state(batch, max_length, jnp.dtype(dtype)),
-        )
+        short, *more = (mixer.init_state(batch, max_length, jnp.dtype(dtype)) for mixer in self.linearized)
+        long = None if self.long is None else self.long.init_state(batch, max_length, jnp.dtype(dtype))
+        return SplitState(short, long, tuple(more))
 
     def extend(
         self,
@@ -112,26 +143,24 @@ class SplitMixer(nnx.Module):
         lengths: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T N H"], SplitState]:
         """Head outputs of each row's first ``lengths`` tokens after those seen, and the state after them."""
-        short, short_state = self.short.extend(x, *self.short_part(q, k, v), state.short, lengths)
-        parts = self.long_part(q, k, v)
-        if self.ring is None:
-            assert isinstance(state.long, KVCache)
-            long, long_state = self.whole.extend(x, *parts, state.long, lengths)
-        else:
-            assert isinstance(state.long, LizardState)
-            long, long_state = self.ring.extend(x, *parts, state.long, lengths)
-        return self._together(short, long), SplitState(short_state, long_state)
+        heads, states = [], []
+        for i, (mixer, past) in enumerate(zip(self.linearized, (state.short, *state.more), strict=True)):
+            own, after = mixer.extend(x, *self.part(i, q, k, v), past, lengths)
+            heads.append(own)
+            states.append(after)
+        long_state = None
+        if self.long is not None:
+            own, long_state = self.long.extend(x, *self.part(-1, q, k, v), state.long, lengths)  # type: ignore[arg-type]
+            heads.append(own)
+        return self._together(heads), SplitState(states[0], long_state, tuple(states[1:]))
 
-    def short_part(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-        """The linearized heads of q, k, v."""
-        return _take(q, self.q_short), _take(k, self.kv_short), _take(v, self.kv_short)
+    def part(self, number: int, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        """The heads of q, k, v of the class of that number."""
+        own = self.kv_heads[number]
+        return _take(q, self.q_heads[number]), _take(k, own), _take(v, own)
 
-    def long_part(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-        """The exact heads of q, k, v."""
-        return _take(q, self.q_long), _take(k, self.kv_long), _take(v, self.kv_long)
-
-    def _together(self, short: Float[Array, "B T Ns H"], long: Float[Array, "B T Nl H"]) -> Float[Array, "B T N H"]:
-        return _take(jnp.concatenate([short, long], axis=2), self.order)
+    def _together(self, heads: Sequence[Float[Array, "B T Nc H"]]) -> Float[Array, "B T N H"]:
+        return _take(jnp.concatenate(heads, axis=2), self.order)
 
 
 def _take(x: Float[Array, "B T N H"], heads: tuple[int, ...]) -> Float[Array, "B T heads H"]:
@@ -140,29 +169,34 @@ def _take(x: Float[Array, "B T N H"], heads: tuple[int, ...]) -> Float[Array, "B
 
 @dataclass(frozen=True)
 class Student:
-    """The part of a layer's mixer that is trained, seen from the whole layer's heads.
+    """A part of a layer's mixer that is trained, seen from the whole layer's heads.
 
     Attributes:
         mixer: the Lizard attention.
         path: where it lies below the layer's mixer.
-        split: what it is a part of, where it is not all of the layer.
+        number: which class of ``split`` it is, where it is not all of the layer.
     """
 
     mixer: LizardMixer
-    path: tuple[str, ...] = ()
+    path: tuple[str | int, ...] = ()
+    number: int = 0
     split: SplitMixer | None = None
 
     def part(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
         """Its heads of the layer's q, k, v."""
-        return (q, k, v) if self.split is None else self.split.short_part(q, k, v)
+        return (q, k, v) if self.split is None else self.split.part(self.number, q, k, v)
 
     def heads(self, all_heads: Float[Array, "B T N H"]) -> Float[Array, "B T Ns H"]:
         """Its heads of the layer's."""
-        return all_heads if self.split is None else _take(all_heads, self.split.q_short)
+        return all_heads if self.split is None else _take(all_heads, self.split.q_heads[self.number])
 
 
-def student_of(mixer: nnx.Module) -> Student | None:
-    """What of a layer's mixer learns; None where nothing does."""
+def students_of(mixer: nnx.Module) -> list[Student]:
+    """What of a layer's mixer learns."""
     if isinstance(mixer, LizardMixer):
-        return Student(mixer) if mixer.switches.adds_modules else None
-    return Student(mixer.short, ("short",), mixer) if isinstance(mixer, SplitMixer) else None
+        return [Student(mixer)] if mixer.switches.adds_modules else []
+    if not isinstance(mixer, SplitMixer) or not mixer.short.switches.adds_modules:
+        return []
+    return [
+        Student(part, ("short",) if i == 0 else ("more", i - 1), i, mixer) for i, part in enumerate(mixer.linearized)
+    ]

@@ -1,15 +1,20 @@
-"""Rank a teacher's key heads by what is lost without their far memory, and write the ranking for train.py --heads.
+"""Measure what each of a teacher's key heads needs of its far past, and write it down for train.py.
 
 python -m lizard_jax.select TEACHER --out runs/heads
 python -m lizard_jax.select TEACHER --by loss --data text.txt --out runs/heads
 python train.py --heads runs/heads/heads.json:10% …
+python -m lizard_jax.select TEACHER --by error --data text.txt --out runs/needs
+python train.py --state-bytes 16MiB --curves runs/needs/budgets.json …
 
 By retrieval (the default), a head's score is its attention from the answer to a question about a long text to the place
 where the answer is hidden, in texts made for any tokenizer. By loss, it is what the predictions on --data lose (KL)
 where that head alone sees its window. Each takes minutes and trains nothing. What the best heads keep, the others cut
 to the window, is then scored on other texts, for several numbers of heads.
 
-The last line of the output is ``heads=FILE``, or without --out the names of the best tenth.
+By error, what each head loses with so many kept pairs beside its window is measured on half of --data, and budgets of
+several sizes, split among the heads by it, are scored on the other half.
+
+The last line of the output is ``heads=FILE`` or ``curves=FILE``, or without --out the names of the best tenth.
 """
 
 import argparse
@@ -27,8 +32,6 @@ if TYPE_CHECKING:
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 1.0)
 """Of the key heads: how many keep everything in the rows of the table."""
-CHARACTERS = 32
-"""More than a token has in any text: what is read of a document."""
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -38,7 +41,7 @@ def arguments() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("teacher", metavar="TEACHER", help="HF directory or hub id")
-    parser.add_argument("--by", choices=("retrieval", "loss"), default="retrieval", help="default %(default)s")
+    parser.add_argument("--by", choices=("retrieval", "loss", "error"), default="retrieval", help="default %(default)s")
     parser.add_argument("--window", type=int, default=128, help="of the heads that are cut (default %(default)s)")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a text (default %(default)s)")
     parser.add_argument("--samples", type=int, default=8, help="texts to rank by (default %(default)s)")
@@ -50,7 +53,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as stored)"
     )
-    parser.add_argument("--out", metavar="DIR", help="write heads.json, result.json and heads.png there")
+    parser.add_argument(
+        "--out", metavar="DIR", help="write heads.json (or budgets.json), result.json and a picture there"
+    )
     return parser
 
 
@@ -67,14 +72,19 @@ def run(told: argparse.Namespace) -> None:
         raise UserError(f"--seed is {told.seed}, must be at least 0 and below {2**32}")
     if told.length <= told.window:
         raise UserError(f"--length {told.length} never leaves the window of {told.window}; give a longer one")
-    if told.by == "loss" and told.data is None:
-        raise UserError("--by loss needs --data, the text that it is measured on")
+    if told.by != "retrieval" and told.data is None:
+        raise UserError(f"--by {told.by} needs --data, the text that it is measured on")
     place = None if told.out is None else Path(told.out).expanduser()
     if place is not None:
         try:
             place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {place}: {error.strerror or error}") from None
+    if told.by == "error":
+        from lizard_jax.select import needs
+
+        needs.run(told, place)
+        return
     found = rank(told)
     show(found)
     if place is not None:
@@ -95,6 +105,7 @@ def rank(told: argparse.Namespace) -> dict[str, Any]:
     from lizard_jax.data.text import load_tokenizer
     from lizard_jax.select import choice, rank
     from lizard_jax.select.needles import make
+    from lizard_jax.select.needs import texts
 
     source = teacher_dir(told.teacher)
     tokenizer = load_tokenizer(source)
@@ -102,7 +113,7 @@ def rank(told: argparse.Namespace) -> dict[str, Any]:
     # Other random numbers, other texts: those that rank never score.
     ranked = make(measure, told.length, told.samples, seed=2 * told.seed)
     scored = make(measure, told.length, told.scored, seed=2 * told.seed + 1)
-    plain = [] if told.data is None else _plain(told, measure, 2 * told.samples)
+    plain = [] if told.data is None else texts(told.data, told.separator, measure, told.length, 2 * told.samples)
     model = load_hf(source, dtype=told.dtype)
     config = model.config
     if config.attention is not None:
@@ -129,26 +140,6 @@ def rank(told: argparse.Namespace) -> dict[str, Any]:
             tokens = number * told.length + (heads - number) * min(told.length, told.window + 4)
             rows.append({"heads": number, "cache": tokens / (heads * told.length), **vars(kept)})
     return {"ranking": ranking, "rows": rows, "scores": scores, "heads": heads}
-
-
-def _plain(told: argparse.Namespace, measure: Any, most: int) -> list[Any]:
-    """The first ``--length`` tokens of the first documents that have so many."""
-    import numpy as np
-
-    from lizard_jax.config import DataConfig
-    from lizard_jax.data.records import documents
-
-    long: list[Any] = []
-    read = documents(DataConfig(path=told.data, separator=told.separator, format="text"), measure.tokenizer)
-    for document in read:
-        ids = measure.prompt(document.text[: CHARACTERS * told.length])[: told.length]
-        if len(ids) == told.length:
-            long.append(np.asarray(ids, np.int32))
-        if len(long) == most:
-            break
-    if len(long) < 2:
-        raise UserError(f"{told.data} has {len(long)} documents of {told.length} tokens; two are needed at least")
-    return long[: len(long) - len(long) % 2]
 
 
 def show(found: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ def retrieval_scores(teacher: Llama, texts: Needles, *, tick: Tick = silent) -> 
         x = teacher.embed(jnp.asarray(texts.tokens[i : i + 1]))
         found = []
         for layer, block in enumerate(teacher.layers):
-            seen, x = _looks(block, x, rows, real, hidden, config=config, layer=_like(config, layer))
+            seen, x = _looks(block, x, rows, real, hidden, config=config, layer=like(config, layer))
             found.append(seen)
         total += np.asarray(jnp.stack(found), np.float64)
         tick(1)
@@ -134,12 +134,12 @@ def score(
         tick(1)
     losses = []
     for ids in plain:
-        losses.append(float(_loss(teacher, hidden(ids), jnp.asarray(ids), window)))
+        losses.append(float(loss_behind(teacher, hidden(ids), jnp.asarray(ids), window)))
         tick(1)
     return Found(right / len(texts.tokens), nats / count, float(np.mean(losses)) if losses else None)
 
 
-def _like(config: ModelConfig, layer: int) -> int:
+def like(config: ModelConfig, layer: int) -> int:
     """The first layer whose attention is of the same kind, so that one compiled function serves them all."""
     slides = config.sliding_window_layers
     return layer if slides is None else next(i for i in range(layer + 1) if (i in slides) == (layer in slides))
@@ -178,7 +178,7 @@ def _looks(
 def _kept(
     block: Block, x: Array, keep: Bool[Array, " K"], config: ModelConfig, layer: int, window: int, prefix: int
 ) -> Array:
-    return _block(block, x, keep, config=config, layer=_like(config, layer), window=window, prefix=prefix)
+    return _block(block, x, keep, config=config, layer=like(config, layer), window=window, prefix=prefix)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer", "window", "prefix"))
@@ -209,7 +209,7 @@ def _divergence(target: Float[Array, "B A V"], log: Float[Array, "B A V"]) -> Fl
 
 
 @functools.partial(jax.jit, static_argnames=("window",))
-def _loss(model: Llama, x: Float[Array, "1 T D"], ids: Int[Array, " T"], window: int) -> Float[Array, ""]:
+def loss_behind(model: Llama, x: Float[Array, "1 T D"], ids: Int[Array, " T"], window: int) -> Float[Array, ""]:
     """Nats a token of what stands behind the window, in slices so that not every logit lives at once."""
     hidden, targets = model.norm(x)[0, window:-1], ids[window + 1 :]
     size = 256

@@ -32,6 +32,7 @@ from lizard_jax.models import Llama
 from lizard_jax.models import build as build_model
 from lizard_jax.nn.params import NewParam
 from lizard_jax.nn.rope import segment_positions
+from lizard_jax.select import budgets
 from lizard_jax.select.choice import resolved
 from lizard_jax.train import checkpoint, report, stages, start
 from lizard_jax.train.loop import Trainer
@@ -43,8 +44,8 @@ MAY_CHANGE = ("out", "mesh.", "validate_every", "save_every", "teacher", "data.p
 
 # What stage 2 takes over from stage 1, unless the command line says otherwise: what it adapts, and the text.
 CARRIED = (
-    "teacher", "preset", "attention", "heads", "data.path", "data.format", "data.separator", "data.split",
-    "data.text_column", "data.held_out", "data.segment_mask", "data.date",
+    "teacher", "preset", "attention", "heads", "state_bytes", "curves", "data.path", "data.format", "data.separator",
+    "data.split", "data.text_column", "data.held_out", "data.segment_mask", "data.date",
 )  # fmt: skip
 
 LEAST_BEYOND = 0.1
@@ -83,7 +84,7 @@ def continued(config: RunConfig, given: frozenset[str]) -> RunConfig:
     fixed = [
         f"{key}={asked[key]!r}"
         for key in asked
-        if key.startswith(("attention", "preset", "heads")) and asked[key] != old[key]
+        if key.startswith(("attention", "preset", "heads", "state_bytes")) and asked[key] != old[key]
     ]
     if fixed:
         raise UserError(f"stage 1 in {first} was trained with other settings than {', '.join(fixed)}; leave them out")
@@ -122,6 +123,36 @@ def with_heads(
     if config.heads.startswith("auto") and jax.process_index() == 0:
         print("choosing key heads by what they retrieve …", file=sys.stderr, flush=True)
     return override(config, {"attention.softmax_heads": resolved(config.heads, source, config.attention.window, mesh)})
+
+
+def with_budgets(
+    config: RunConfig, given: frozenset[str], place: Path, source: Path, mesh: Mesh | None = None
+) -> RunConfig:
+    """The settings with what each key head may keep, so that the state is as large as ``--state-bytes`` says; as a
+    stage 1 or a begun run split it if there is one.
+
+    Raises:
+        UserError: no such size or curves, one that is too small, or budgets that are given already.
+    """
+    if not config.state_bytes or config.stage == 0:
+        return config
+    if told := sorted(given & {"attention.kept", "attention.budgets"}):
+        if "state_bytes" not in given:  # the recipe's own
+            return override(config, {"state_bytes": ""})
+        raise UserError(f"--state-bytes says what is kept; leave out --{told[0].removeprefix('attention.')}")
+    if config.attention.budgets:
+        return config
+    if (place / "run.json").is_file():
+        begun = from_dict(RunConfig, checkpoint.read_json(place / "run.json")["config"])
+        if (begun.state_bytes, begun.curves) == (config.state_bytes, config.curves):
+            own = {"attention.budgets": begun.attention.budgets, "attention.kept": begun.attention.kept}
+            return override(config, own)
+    spent = budgets.split(
+        config.state_bytes, source, config.attention, config.data, config.curves, dtype=config.dtype, mesh=mesh
+    )
+    if jax.process_index() == 0:
+        print(spent.summary(), file=sys.stderr, flush=True)
+    return override(config, {"attention.budgets": spent.switches.budgets, "attention.kept": spent.switches.kept})
 
 
 def check(config: RunConfig) -> None:
@@ -250,6 +281,7 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
     place = stage_dir(config)
     source = teacher_dir(config.teacher)
     config = with_heads(dated(config, place), given, place, source, mesh)
+    config = with_budgets(config, given, place, source, mesh)
     record = _record(config, source)
     if config.stage == 2 and config.attention.adds_modules:
         first = checkpoint.read_json(stage_dir(config, 1) / "run.json")

@@ -18,13 +18,13 @@ from flax import nnx
 
 from lizard_jax.config import RunConfig
 from lizard_jax.data.loader import Batch
+from lizard_jax.losses import cross_entropy, head_error, head_power, prediction_losses
 from lizard_jax.models import build
 from lizard_jax.models.llama import Llama
 from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.nn.params import BaseParam, LoraParam, NewParam
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
-from lizard_jax.nn.split_attention import student_of
-from lizard_jax.train.losses import cross_entropy, head_error, head_power, prediction_losses
+from lizard_jax.nn.split_attention import students_of
 from lizard_jax.typing import Array
 
 
@@ -101,7 +101,7 @@ def _distil(model: Llama, batch: Batch) -> tuple[nnx.State, dict[str, Array]]:
     """Stage 1. The teacher runs once; every layer's student sees the teacher's hidden state and is differentiated on
     the spot, so that one layer's activations are all that lives at a time."""
     grads = jax.tree.map(jnp.zeros_like, nnx.state(model, NewParam))
-    students = sum(student_of(block.attention.mixer) is not None for block in model.layers)
+    layers = sum(bool(students_of(block.attention.mixer)) for block in model.layers)
     errors = []
     inputs, _, segments, _ = _arrays(batch)
     x = model.embed(inputs)
@@ -110,17 +110,22 @@ def _distil(model: Llama, batch: Batch) -> tuple[nnx.State, dict[str, Array]]:
         normed = block.attention_norm(x)
         q, k, v = block.attention.qkv(normed)
         teacher_heads = SoftmaxMixer(model.config, index)(normed, q, k, v, segment_ids=segments)
-        if (student := student_of(block.attention.mixer)) is not None:
+        students = students_of(block.attention.mixer)
+        means = [jnp.zeros((), accumulation_dtype(teacher_heads))]
+        targets = [student.heads(teacher_heads) for student in students]
+        count = sum(target.shape[2] for target in targets)
+        # Layers differ by orders of magnitude; relative to its teacher's, each error counts alike.
+        power = sum(head_power(target, segments) * (target.shape[2] / count) for target in targets)
+        for student, theirs in zip(students, targets, strict=True):
             graph, new, rest = nnx.split(student.mixer, NewParam, ...)
-            ours, theirs = (normed, *student.part(q, k, v)), student.heads(teacher_heads)
+            ours = normed, *student.part(q, k, v)
 
-            def error(params, inputs=ours, target=theirs, graph=graph, rest=rest):
+            def error(params, inputs=ours, target=theirs, graph=graph, rest=rest, power=power, count=count):
                 heads = nnx.merge(graph, params, rest)(*inputs, segment_ids=segments)
-                total = head_error(heads, target, segments)
-                # Layers differ by orders of magnitude; relative to its teacher's, each error counts alike.
-                relative = total / jnp.maximum(head_power(target, segments), jnp.finfo(total.dtype).tiny)
+                total = head_error(heads, target, segments) * (target.shape[2] / count)
+                relative = total / jnp.maximum(power, jnp.finfo(total.dtype).tiny)
                 mean = total / jnp.maximum((segments != 0).sum().astype(total.dtype), 1.0)
-                return relative / students, (relative, mean)
+                return relative / layers, (relative, mean)
 
             layer_grads, (relative, mean) = jax.grad(error, has_aux=True)(new)
             x = _after((layer_grads, mean), x)
@@ -129,10 +134,9 @@ def _distil(model: Llama, batch: Batch) -> tuple[nnx.State, dict[str, Array]]:
             for name in above:
                 place = place[name]
             place[last] = layer_grads
-            errors.append(mean)
-            loss = loss + relative / students
-        else:
-            errors.append(jnp.zeros((), accumulation_dtype(teacher_heads)))
+            means.append(mean)
+            loss = loss + relative / layers
+        errors.append(sum(means[1:], means[0]))
         x = block.after_heads(x, teacher_heads)
     return grads, {"loss": loss, "layer_mse": jnp.stack(errors)}
 

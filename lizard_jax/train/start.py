@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
+from lizard_jax import sharding
 from lizard_jax.config import LizardConfig
 from lizard_jax.data.loader import Batch
 from lizard_jax.models.llama import Block, Llama
@@ -23,7 +23,7 @@ from lizard_jax.nn.lizard_attention import LizardMixer
 from lizard_jax.nn.numerics import ABSENT, accumulation_dtype
 from lizard_jax.nn.params import NewParam
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
-from lizard_jax.nn.split_attention import student_of
+from lizard_jax.nn.split_attention import Student, students_of
 from lizard_jax.typing import Array, Float, Int
 
 AGES = (0.5, 2.0, 8.0, 64.0)
@@ -82,29 +82,41 @@ def measure_start(model: Llama, batches: Sequence[Batch], place: Callable[[Any],
     """
     segments = [jnp.asarray(place(batch).segment_ids) for batch in batches]
     hidden = [model.embed(jnp.asarray(place(batch).inputs)) for batch in batches]
-    probe = jax.jit(_probe)
+    probe = jax.jit(_probe, static_argnames="number")
     rows = []
     for index, block in enumerate(model.layers):
-        teacher, student = SoftmaxMixer(model.config, index), student_of(block.attention.mixer)
-        if student is None:
-            hidden = [
+        teacher, students = SoftmaxMixer(model.config, index), students_of(block.attention.mixer)
+        following, chosen = hidden, []
+        for number, student in enumerate(students):
+            mixer = student.mixer
+            biases = _biases(mixer)
+            ages = 1 if biases is None else len(biases)
+            offsets: Array = jnp.full((ages, mixer.config.num_heads), jnp.nan, accumulation_dtype(hidden[0]))
+            total, following = None, []
+            for x, segment_ids in zip(hidden, segments, strict=True):
+                # One at a time: collectives of several programs in flight can starve each other on virtual devices.
+                found = jax.block_until_ready(probe(block, teacher, biases, offsets, x, segment_ids, number=number))
+                after, offsets, sums = found
+                following.append(after)
+                total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+            assert total is not None
+            chosen.append(_choose(mixer, biases, *sharding.on_host((offsets, total))))
+        if chosen:
+            rows.append(_layer(chosen))
+        else:
+            following = [
                 block.after_heads(x, teacher(*_inputs(block, x), segment_ids=s))
                 for x, s in zip(hidden, segments, strict=True)
             ]
-            continue
-        mixer = student.mixer
-        biases = _biases(mixer)
-        ages = 1 if biases is None else len(biases)
-        offsets: Array = jnp.full((ages, mixer.config.num_heads), jnp.nan, accumulation_dtype(hidden[0]))
-        total = None
-        for n, (x, segment_ids) in enumerate(zip(hidden, segments, strict=True)):
-            # One at a time: collectives of several programs in flight can starve each other on virtual devices.
-            found = jax.block_until_ready(probe(block, teacher, biases, offsets, x, segment_ids))
-            hidden[n], offsets, sums = found
-            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        assert total is not None
-        rows.append(_choose(mixer, biases, *_on_host((offsets, total))))
+        hidden = following
     return Start(*(_stacked(column) for column in zip(*rows, strict=True)))
+
+
+def _layer(chosen: Sequence["_Chosen"]) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """A layer's row of ``Start``, of the classes of its heads."""
+    power = max(sum(one.power for one in chosen), float(np.finfo(np.float32).tiny))
+    error, window = (sum(getattr(one, name) for one in chosen) / power for name in ("error", "window"))
+    return *(np.concatenate([getattr(one, name) for one in chosen]) for name in ("age", "share")), error, window  # type: ignore[return-value]
 
 
 def _stacked(column: Sequence[Any]) -> np.ndarray:
@@ -133,14 +145,15 @@ def _probe(
     offsets: Float[Array, "ages N"],
     x: Float[Array, "B T D"],
     segment_ids: Int[Array, "B T"],
+    *,
+    number: int,
 ) -> tuple[Array, Array, dict[str, Array]]:
     """One layer on one batch: the teacher's next hidden state, and sums of squared errors ``[ages, shares, N]``.
 
-    ``offsets`` is the mean log-odds of the window against the memory before β, of each age and query head; NaN
-    has it measured here.
+    ``number`` says which of the layer's students is probed. ``offsets`` is the mean log-odds of its window against its
+    memory before β, of each age and query head; NaN has it measured here.
     """
-    student = student_of(block.attention.mixer)
-    assert student is not None
+    student: Student = students_of(block.attention.mixer)[number]
     normed, *qkv = _inputs(block, x)
     taught = teacher(normed, *qkv, segment_ids=segment_ids)
     target, inputs = student.heads(taught), (normed, *student.part(*qkv))
@@ -189,21 +202,24 @@ def _with(parts: Any, *, bias: Array | None = None, beta: Array | None = None) -
     return mixer
 
 
-def _on_host(tree: Any) -> Any:
-    """The whole of every array, in every process."""
-    if jax.process_count() == 1:
-        return jax.tree.map(np.asarray, tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
-
-
 def _log_odds(share: Array) -> Array:
     return jnp.log(share) - jnp.log1p(-share)
 
 
-def _choose(
-    mixer: LizardMixer, biases: Array | None, offsets: np.ndarray, sums: dict[str, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Writes the best candidates into the mixer; a row of ``Start``."""
+@dataclass(frozen=True)
+class _Chosen:
+    """Of one class of heads: the ages and shares chosen, the sum of squared errors with them and with the window alone,
+    and of the teacher's squares."""
+
+    age: Float[np.ndarray, " S"]
+    share: Float[np.ndarray, " N"]
+    error: float
+    window: float
+    power: float
+
+
+def _choose(mixer: LizardMixer, biases: Array | None, offsets: np.ndarray, sums: dict[str, np.ndarray]) -> _Chosen:
+    """Writes the best candidates into the mixer."""
     assert mixer.beta is not None
     errors = sums["errors"]  # [ages, shares, N]
     ages, _, heads = errors.shape
@@ -221,5 +237,7 @@ def _choose(
         bias = np.asarray(biases)[age]
         mixer.gate.bias[...] = jnp.asarray(bias, mixer.gate.bias.dtype)
         chosen = np.exp(bias)
-    power = max(float(sums["power"].sum()), float(np.finfo(np.float32).tiny))
-    return chosen, shares, float(errors[by_head, share, head].sum()) / power, float(sums["window"].sum()) / power
+    return _Chosen(
+        chosen, shares, float(errors[by_head, share, head].sum()), float(sums["window"].sum()),
+        float(sums["power"].sum()),
+    )  # fmt: skip

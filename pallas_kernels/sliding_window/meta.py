@@ -75,16 +75,17 @@ def attend_prefix(
     positions: Int[Array, "B T"],
     frequencies: Float[Array, " H/2"] | None,
     window: int,
+    last: int | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Attention to the first M tokens of each query's document that have left its window (there they count already).
 
-    Prefix token t sits at position t and its query at ``min(position, W + M - 1)``: distances beyond are not told
-    apart, and angles stay small.
+    Prefix token t sits at position t and its query at ``min(position, last)``: distances beyond are not told apart.
+    ``last`` is W + M - 1 where nothing is said, so that angles stay small.
     """
     tokens = k.shape[2]
     if frequencies is not None:
         frequencies = frequencies.astype(accumulator(q.dtype))
-        q = rotate(q, *tables(frequencies, jnp.minimum(positions, window + tokens - 1)))
+        q = rotate(q, *tables(frequencies, jnp.minimum(positions, window + tokens - 1 if last is None else last)))
         k = rotate(k, *tables(frequencies, jnp.arange(tokens)))
     met = (jnp.arange(tokens, dtype=positions.dtype) <= positions[..., None] - window) & (q_segments != 0)[..., None]
     return _attend(q, k, v, met)
@@ -100,8 +101,10 @@ def beside(
     sink: Float[Array, " N"] | None,
     learned: tuple[Array, Array] | None,
     prefix: tuple[Array, Array] | None,
+    last: int | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """All meta memory of a query as one softmax beside its window: arguments as ``sliding_window`` has them."""
+    """All meta memory of a query as one softmax beside its window: arguments as ``sliding_window`` has them,
+    and ``last`` as ``attend_prefix``."""
     wide = accumulator(q.dtype)
     logit = jnp.full((q.shape[2],), ABSENT, wide) if sink is None else sink.astype(wide)
     sunk = jnp.where((q_segments != 0)[..., None], logit, ABSENT)
@@ -109,5 +112,5 @@ def beside(
     if learned is not None:
         parts.append(attend_learned(q, *learned, q_segments))
     if prefix is not None:
-        parts.append(attend_prefix(q, *prefix, q_segments, positions, frequencies, window))
+        parts.append(attend_prefix(q, *prefix, q_segments, positions, frequencies, window, last))
     return parts[0] if len(parts) == 1 else merge(parts, wide)

@@ -24,6 +24,7 @@ ATTENTION = {
     "some heads": LizardConfig(softmax_heads=("0.0",), **SMALL),
     "some heads in a long window": LizardConfig(softmax_heads=("0.1",), retrieval_window=9, **SMALL),
     "kept pairs": LizardConfig(kept=3, **SMALL),
+    "budgets": LizardConfig(budgets=("0.1=8+3",), **SMALL),
     "kept pairs and a sink": LizardConfig(kept=3, meta="sink", **SMALL),
     "softmax": None,
     "sliding": None,

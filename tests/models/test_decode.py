@@ -41,6 +41,7 @@ def ids(length, batch=2):
         {"attention": LizardConfig(window=8, chunk=4, softmax_heads=("0.1", "1.0"))},
         {"attention": LizardConfig(window=8, chunk=4, softmax_heads=("0.1", "1.0"), kept=3)},
         {"attention": LizardConfig(window=8, chunk=4, softmax_heads=("0.1", "1.0"), retrieval_window=16)},
+        {"attention": LizardConfig(window=8, chunk=4, softmax_heads=("1.0",), budgets=("0.0=6+0", "0.1=8+3"))},
     ],
     ids=[
         "llama",
@@ -51,6 +52,7 @@ def ids(length, batch=2):
         "some_heads",
         "some_heads_and_pairs",
         "long_window",
+        "budgets",
     ],
 )
 def test_chunks_and_steps_equal_the_full_forward(changes):

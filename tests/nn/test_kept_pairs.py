@@ -74,7 +74,7 @@ def _row(mixer, x, q, k, v, seg):
                     return turned @ _rotated(k[j, g][None], np.array([j - begins[i]]), theta)[0] / width**0.5
 
                 logs = [score(j, at) for j in [*near, *pairs]]
-                logs += [score(j, min(at, s.window + s.meta_tokens - 1)) for j in first]
+                logs += [score(j, min(at, mixer.config.max_positions - 1)) for j in first]
                 values = [v[j, g] for j in [*near, *pairs, *first]]
                 if s.meta == "sink":
                     logs.append(_f64(mixer.sink)[n])

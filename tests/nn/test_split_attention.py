@@ -15,7 +15,7 @@ from lizard_jax.nn.cache import KVCache
 from lizard_jax.nn.context import LizardState
 from lizard_jax.nn.lizard_attention import LizardMixer
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
-from lizard_jax.nn.split_attention import SplitMixer, student_of
+from lizard_jax.nn.split_attention import SplitMixer, students_of
 from pallas_kernels.sliding_window import reference, xla
 from tests.nn.dense_lizard import dense_heads
 from tests.nn.test_lizard_attention import all_of, draw, packed, relative_error
@@ -60,9 +60,33 @@ def test_each_class_of_heads_is_its_own_definition(memory, reach):
         assert relative_error(got[:, :, long], whole) < 1e-5
 
 
-@pytest.mark.parametrize("reach", [0, 12], ids=["keeps all", "long window"])
-def test_chunks_and_steps_are_the_full_forward(reach):
-    mixer, time = make(dataclasses.replace(ATTENTION, retrieval_window=reach)), 46
+@pytest.mark.parametrize("more", [{}, {"softmax_heads": ("0.1",)}], ids=["", "and exact"])
+def test_heads_with_budgets_of_their_own_are_mixers_of_their_own(more):
+    attention = dataclasses.replace(ATTENTION, kept=3, budgets=("0.2=12+5", "0.0=8+0"), **{"softmax_heads": ()} | more)
+    mixer = make(attention)
+    assert mixer.kv_heads == (((0,), (2,), (1,)) if more else ((1,), (0,), (2,)))
+    x, q, k, v = inputs(61)
+    segments = jnp.asarray(packed(2, 61))
+    got = jax.jit(lambda m, *a: m(*a, segment_ids=segments))(mixer, x, q, k, v)
+    for number, (kept, window) in enumerate(((0, 8), (5, 12)) if more else ((3, 8), (0, 8), (5, 12))):
+        part, heads = mixer.linearized[number], mixer.q_heads[number]
+        assert (part.switches.kept, part.switches.window, part.switches.budgets) == (kept, window, ())
+        own = part(x, *mixer.part(number, q, k, v), segment_ids=segments)
+        assert relative_error(got[:, :, np.asarray(heads)], own) < 1e-5
+    assert (mixer.long is None) == (not more)
+
+
+FORMS = {
+    "keeps all": {},
+    "long window": {"retrieval_window": 12},
+    "budgets": {"softmax_heads": (), "chunk": 8, "kept": 3, "budgets": ("0.2=12+5", "0.0=8+0")},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_chunks_and_steps_are_the_full_forward(form):
+    reach = form != "keeps all"
+    mixer, time = make(dataclasses.replace(ATTENTION, **FORMS[form])), 46
     whole = mixer(*inputs(time))
     extend = jax.jit(lambda m, state, *a: m.extend(*a, state, all_of(a[0])))
     for lengths in ((7, 1, 1, 16, 1, 7, *[1] * 6, 7), (16, 1, 7, 7, 7, *[1] * 8), (*[1] * 9, 7, 16, 7, 7)):
@@ -75,7 +99,7 @@ def test_chunks_and_steps_are_the_full_forward(reach):
             at += length
         assert relative_error(jnp.concatenate(got, axis=1), whole) < 1e-5, lengths
         assert jax.tree.map(jnp.shape, state) == sizes
-    assert isinstance(state.long, LizardState if reach else KVCache)
+    assert isinstance(state.long, {"keeps all": KVCache, "long window": LizardState, "budgets": type(None)}[form])
     if reach:
         mixer.init_state(2, None, jnp.float32)  # no length to be named: nothing grows
     else:
@@ -93,13 +117,36 @@ def test_a_layer_is_what_its_heads_make_it():
     assert isinstance(kind("0.2", "0.0", "0.1"), SoftmaxMixer)
     ring = kind("0.2", "0.0", "0.1", retrieval_window=20)
     assert isinstance(ring, LizardMixer)
-    assert student_of(ring) is None
+    assert students_of(ring) == []
     assert isinstance(kind("0.1", softmax_layers=(0,)), SoftmaxMixer)
     split = kind("0.1")
     assert isinstance(split, SplitMixer)
-    student = student_of(split)
-    assert student is not None
+    (student,) = students_of(split)
     assert student.mixer is split.short
+    assert isinstance(kind(budgets=("0.0=20+8", "0.1=20+8", "0.2=20+8")), LizardMixer)
+    several = kind("0.1", budgets=("0.2=20+8",))
+    assert [(one.path, one.mixer.switches.window) for one in students_of(several)] == [
+        (("short",), ATTENTION.window), (("more", 0), 20),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("budgets", "more", "words"),
+    [
+        (("0.0=8",), {}, "a head's budget is LAYER.HEAD=W\\+X"),
+        (("0.0=0+4",), {}, "a window is 1 to"),
+        (("0.0=9+4", "0.0=8+4"), {}, "names the key head 0.0 twice"),
+        (("0.1=9+4",), {}, "both name the key head 0.1"),
+        (("2.0=9+4", "0.3=9+4"), {"softmax_heads": ()}, "budgets names 0.3, 2.0, and the model has layers 0 to 1"),
+        (("0.0=9+4",), {"memory": "all", "combine": "sum"}, "count kept pairs twice"),
+    ],
+)
+def test_budgets_that_mean_nothing_are_refused(budgets, more, words):
+    with pytest.raises(UserError, match=words):
+        ModelConfig(
+            "llama", 11, 10, 8, 2, HEADS, KV, WIDTH, 64,
+            attention=dataclasses.replace(ATTENTION, **{"budgets": budgets} | more),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -128,6 +175,9 @@ def test_one_choice_has_one_spelling():
     )
     assert first == second
     assert first.softmax_heads == ("2.1", "10.0")
+    # A head that is named with what all have needs no name.
+    attention = dataclasses.replace(ATTENTION, budgets=("10.0=09+1", "2.2=8+0", "2.0=8+1"))
+    assert attention.budgets == ("2.0=8+1", "10.0=9+1")
 
 
 def test_a_long_window_runs_block_by_block(monkeypatch):

@@ -107,6 +107,26 @@ def test_heads_of_a_ranking_keep_softmax_through_both_stages(tmp_path, line, cap
     _refused(capsys, ["--stage=1", *line, "--heads", str(file), "--out", str(tmp_path / "other")], "heads.json")
 
 
+def test_a_state_of_that_size_is_split_among_heads_through_both_stages(tmp_path, line, capsys):
+    """Measured on the text once; a begun run and stage 2 keep the split."""
+    plain = [argument for argument in line if argument not in ("--kept", "0")]
+    own = [*plain, "--state-bytes", "16tokens", "--feature-half", "2", "--out", str(tmp_path / "run")]
+    assert train.main(["--stage=1", *own]) == 0
+    assert "state: 0.0" in capsys.readouterr().err
+    first = load_run(tmp_path / "run" / "stage1")[0].config.attention
+    assert first.budgets
+    assert first.kept == 0
+    assert train.main(["--stage=1", *own]) == 0
+    assert train.main(["--stage=2", *plain, "--out", str(tmp_path / "run")]) == 0
+    assert load_run(tmp_path / "run" / "stage2")[0].config.attention == first
+    capsys.readouterr()
+    _refused(capsys, ["--stage=1", *own, "--kept", "3"], "--state-bytes says what is kept; leave out --kept")
+    other = ["--stage=1", *plain, "--out", str(tmp_path / "other"), "--state-bytes"]
+    _refused(capsys, [*other, "10"], "a state of 10 bytes is too small")
+    _refused(capsys, [*other, "9tokens", "--curves", str(tmp_path / "none.json")], "none.json")
+    assert not (tmp_path / "other").exists()
+
+
 def test_heads_are_chosen_automatically(tmp_path, line):
     """The minute teacher's context of 64 tokens holds a needle and its question."""
     assert train.main(["--stage=1", *line, "--heads", "auto:1", "--out", str(tmp_path / "run")]) == 0

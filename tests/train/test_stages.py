@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lizard_jax import losses
 from lizard_jax.config import LizardConfig, LoraConfig, ModelConfig, RunConfig
 from lizard_jax.data.loader import Batch
 from lizard_jax.lora import add_lora
 from lizard_jax.models import build
 from lizard_jax.nn.params import BaseParam, LoraParam, NewParam
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
-from lizard_jax.train import losses, stages
+from lizard_jax.train import stages
 
 CONFIG = ModelConfig(
     architecture="llama", vocab_size=50, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4, kv_heads=2,
@@ -40,7 +41,9 @@ def model():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "changes", [{}, {"chunk": 4, "kept": 3}, {"softmax_heads": ("0.1",)}], ids=["", "kept", "heads"]
+    "changes",
+    [{}, {"chunk": 4, "kept": 3}, {"softmax_heads": ("0.1",)}, {"chunk": 4, "budgets": ("0.1=6+3", "2.0=4+2")}],
+    ids=["", "kept", "heads", "budgets"],
 )
 def test_stage1_gradients_are_those_of_each_layer_on_the_teachers_path(changes):
     """Against autodiff of all layers' errors at once, with the teacher's path held constant.

@@ -129,7 +129,7 @@ def test_slow_maps_see_slow_pairs_alone_and_are_shared_by_a_group():
 
 
 def test_layers_of_fewer_heads_start_alike_and_are_told_with_gaps():
-    attention = dataclasses.replace(ATTENTION, softmax_heads=("0.1",), kept=2, chunk=4)
+    attention = dataclasses.replace(ATTENTION, softmax_heads=("0.1",), kept=2, chunk=4, budgets=("2.0=8+5",))
     model = random_model(dataclasses.replace(CONFIG, attention=attention))
     found = start.measure_start(model, [make_batch(0), make_batch(1)])
     assert found.share.shape == (3, 4)
