@@ -142,7 +142,7 @@ def score(
 def like(config: ModelConfig, layer: int) -> int:
     """The first layer whose attention is of the same kind, so that one compiled function serves them all."""
     slides = config.sliding_window_layers
-    return layer if slides is None else next(i for i in range(layer + 1) if (i in slides) == (layer in slides))
+    return 0 if slides is None else next(i for i in range(layer + 1) if (i in slides) == (layer in slides))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer"))

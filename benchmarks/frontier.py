@@ -1,0 +1,203 @@
+"""What a byte of state buys: loss and recall of untrained students against the bytes of a sequence.
+
+    uv run benchmarks/frontier.py --teacher runs/smollm2 --curves needs/budgets.json --heads heads/heads.json \\
+        --wiki wikitext.txt --book books.txt
+
+Families of students of one teacher, each at several sizes, named by the tokens of a window of equal bytes: a window
+alone, a window of ``--window`` with as many kept pairs for every key head, with as many as each head needs (by
+``--curves``), the same beside exact heads that see ``--reach`` tokens (by ``--heads``), and whole layers that keep
+softmax attention (those that need most, by the curves). Nothing is trained, and nothing here was seen by curves or
+ranking.
+
+Loss is in nats of the second half of ``--lengths`` tokens: in the beginnings of articles of ``--wiki``, and where those
+are too short in stretches of the last document of ``--book``. A needle is a string of five tokens told once in that
+document, right where every token of it is the likeliest. Rows that lie in the table are not made again. Writes
+``benchmarks/frontier.json``, ``.md`` and ``.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.recovery import score_texts
+from lizard_jax.atomic import write_atomic
+from lizard_jax.config import LizardConfig, ModelConfig
+from lizard_jax.convert.files import read_json
+from lizard_jax.convert.hf_config import model_config
+from lizard_jax.convert.load import load_hf
+from lizard_jax.data.haystack import Measure, sentences
+from lizard_jax.data.text import load_tokenizer
+from lizard_jax.errors import UserError
+from lizard_jax.models import Llama
+from lizard_jax.select import budgets, choice
+from lizard_jax.select.needles import Needles, make
+from lizard_jax.select.rank import loss_behind
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {
+    "window": (128, 258, 512, 1024),
+    "pairs alike": (258, 512, 1024),
+    "pairs by need": (258, 512, 1024),
+    "pairs by need, exact heads": (768, 1024),
+    "exact layers": (1024,),
+}
+"""Tokens of a window of equal bytes, by family."""
+SHARE = "5%"
+"""Of the key heads, the exact ones: with more, a sixth of the cache is gone before anything else is kept."""
+LONG_SEED = 4
+"""Of the needles, other than any that ranked."""
+
+
+def student(told: argparse.Namespace, config: ModelConfig, family: str, tokens: int) -> LizardConfig:
+    """The attention of a family whose state takes at most as many bytes as a window of ``tokens``.
+
+    Raises:
+        UserError: not even the family's least fits.
+    """
+    near = LizardConfig(memory="none", window=told.window)
+    limit = budgets.size(f"{tokens}tokens@{max(told.lengths)}", config, near)
+    if family == "window":
+        return dataclasses.replace(near, window=tokens)
+    if family == "pairs alike":
+        pair = 4 * config.head_dim
+        kept = (tokens * pair - told.window * (pair + 4)) // (pair + 8)
+        return dataclasses.replace(near, kept=kept)
+    curves = budgets.read(told.curves)
+    if family == "exact layers":
+        cache = 4 * config.head_dim * config.kv_heads * max(told.lengths)
+        least = budgets.state_bytes(dataclasses.replace(config, attention=near), max(told.lengths))
+        count = int((limit.bytes - least) // (cache - least // config.num_layers))
+        need = curves.array[..., 0].sum(axis=1)
+        return dataclasses.replace(near, softmax_layers=tuple(sorted(map(int, np.argsort(-need)[:count]))))
+    if family == "pairs by need, exact heads":
+        heads = choice.best(choice.read(told.heads), SHARE, config)
+        near = dataclasses.replace(near, softmax_heads=heads, retrieval_window=told.reach)
+    return budgets.spend(curves, limit, config, near).switches
+
+
+def texts(told: argparse.Namespace, length: int) -> np.ndarray:
+    """Texts of exactly ``length`` tokens."""
+    fields = {"teacher": told.teacher, "texts": told.texts}
+    try:
+        return score_texts(argparse.Namespace(score=[told.wiki], **fields), length - 1)
+    except UserError:
+        return score_texts(argparse.Namespace(score=[told.book], **fields), length - 1)
+
+
+def scores(model: Llama, rows: np.ndarray, needles: Needles) -> dict[str, float]:
+    """The loss of the second half of each text, and the share of needles found."""
+    hidden = jax.jit(lambda model, ids: model.hidden(ids[None]))
+
+    @jax.jit
+    def logs(model: Llama, x: jax.Array, at: jax.Array) -> jax.Array:
+        return model.logits(jnp.take_along_axis(x, at[None, :, None], axis=1))[0]
+
+    losses, right = [], 0
+    for ids in tqdm(rows, unit="text", leave=False, disable=None):
+        tokens = jnp.asarray(ids)
+        losses.append(float(loss_behind(model, hidden(model, tokens), tokens, len(ids) // 2)))
+    for i in range(len(needles.tokens)):
+        found = logs(model, hidden(model, jnp.asarray(needles.tokens[i])), jnp.asarray(needles.rows[i]))
+        right += bool((np.asarray(found).argmax(-1) == needles.answers[i])[needles.real[i]].all())
+    return {"loss": float(np.mean(losses)), "needles": right / len(needles.tokens)}
+
+
+def run(told: argparse.Namespace) -> None:
+    """The work of ``main``."""
+    config = model_config(read_json(told.teacher / "config.json"))
+    measure = Measure(
+        load_tokenizer(told.teacher), sentences(told.book.read_text(encoding="utf-8").split("<|endoftext|>")[-1])
+    )
+    cases: list[tuple[str, int, LizardConfig | None]] = [("teacher", max(told.lengths), None)]
+    for family, sizes in SIZES.items():
+        cases += [(family, tokens, student(told, config, family, tokens)) for tokens in sizes]
+    names = ("window", "reach", "lengths", "texts", "needles")
+    settings = {name: getattr(told, name) for name in names}
+    file = told.table.with_suffix(".json")
+    old = json.loads(file.read_text()) if file.is_file() else {}
+    rows: dict[str, Any] = old["rows"] if old.get("settings") == settings else {}
+    scored = {length: texts(told, length) for length in told.lengths}
+    hidden = {length: make(measure, length, told.needles, seed=LONG_SEED) for length in told.lengths}
+    for family, tokens, switches in tqdm(cases, unit="row", disable=None):
+        name = family if switches is None else f"{family}, {tokens:,}"
+        if name in rows:
+            continue
+        model = load_hf(told.teacher, attention=switches, dtype="float32")
+        size = budgets.state_bytes(dataclasses.replace(config, attention=switches), max(told.lengths))
+        rows[name] = {"family": family, "bytes": size, "scores": {}}
+        for length in told.lengths:
+            rows[name]["scores"][str(length)] = scores(model, scored[length], hidden[length])
+        print(name, json.dumps(rows[name]), flush=True)
+        write_atomic(file, json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    show(told, rows)
+
+
+def show(told: argparse.Namespace, rows: dict[str, Any]) -> None:
+    """The table as Markdown, and as a picture."""
+    whole = rows["teacher"]["bytes"]
+    heads = [f"loss at {length:,}" for length in told.lengths] + [f"needles at {length:,}" for length in told.lengths]
+    lines = [f"| | MiB at {max(told.lengths):,} | of the cache | " + " | ".join(heads) + " |"]
+    lines += ["|---|---:|---:|" + "---:|" * len(heads)]
+    for name, row in rows.items():
+        found = [row["scores"][str(length)] for length in told.lengths]
+        cells = [f"{one['loss']:.3f}" for one in found] + [f"{one['needles']:.0%}" for one in found]
+        size = row["bytes"]
+        lines.append(f"| {name} | {size / 2**20:.2f} | {size / whole:.1%} | " + " | ".join(cells) + " |")
+    write_atomic(told.table.with_suffix(".md"), "\n".join(lines) + "\n")
+    print("\n".join(lines))
+    figure, axes = plt.subplots(2, len(told.lengths), figsize=(11, 6.5), layout="constrained", squeeze=False)
+    for column, length in enumerate(told.lengths):
+        for line, part in enumerate(("loss", "needles")):
+            axis = axes[line][column]
+            for family in SIZES:
+                own = [row for row in rows.values() if row["family"] == family]
+                axis.plot(
+                    [row["bytes"] / 2**20 for row in own], [row["scores"][str(length)][part] for row in own], "o-",
+                    label=family,
+                )  # fmt: skip
+            axis.axhline(rows["teacher"]["scores"][str(length)][part], color="k", linestyle="--", label="teacher")
+            axis.set(title=f"{part} at {length:,} tokens", xlabel="MiB a sequence", xscale="log")
+    axes[0][0].legend(fontsize="small")
+    figure.savefig(told.table.with_suffix(".png"), dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    """Score what is missing and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True, metavar="DIR", help="HF directory of the teacher")
+    parser.add_argument("--curves", type=Path, required=True, metavar="FILE", help="of `lizard select --by error`")
+    parser.add_argument("--heads", type=Path, required=True, metavar="FILE", help="of `lizard select`")
+    parser.add_argument("--wiki", type=Path, required=True, metavar="FILE", help="articles under WikiText's headings")
+    parser.add_argument("--book", type=Path, required=True, metavar="FILE", help="its last document is read")
+    parser.add_argument("--window", type=int, default=128, help="W beside pairs (default %(default)s)")
+    parser.add_argument("--reach", type=int, default=8192, help="tokens of exact heads (default %(default)s)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192], help="default %(default)s")
+    parser.add_argument("--texts", type=int, default=4, help="most texts of a length (default %(default)s)")
+    parser.add_argument("--needles", type=int, default=4, help="needles of a length (default %(default)s)")
+    parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "frontier", help="the table, less suffix")
+    told = parser.parse_args()
+    try:
+        run(told)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
