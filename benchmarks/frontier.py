@@ -49,15 +49,14 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
-    "window": (128, 258, 512, 1024),
-    "pairs alike": (258, 512, 1024),
-    "pairs by need": (258, 512, 1024),
-    "pairs by need, exact heads": (768, 1024),
+    "pairs by need": (1024, 258, 512),
+    "pairs by need, 10% exact": (1024,),
+    "pairs by need, 5% exact": (1024, 768),
+    "window": (1024, 258, 512),
+    "pairs alike": (1024, 258, 512),
     "exact layers": (1024,),
 }
-"""Tokens of a window of equal bytes, by family."""
-SHARE = "5%"
-"""Of the key heads, the exact ones: with more, a sixth of the cache is gone before anything else is kept."""
+"""Tokens of a window of equal bytes, by family; a share of the key heads keeps ``--reach`` tokens."""
 LONG_SEED = 4
 """Of the needles, other than any that ranked."""
 
@@ -83,8 +82,8 @@ def student(told: argparse.Namespace, config: ModelConfig, family: str, tokens: 
         count = int((limit.bytes - least) // (cache - least // config.num_layers))
         need = curves.array[..., 0].sum(axis=1)
         return dataclasses.replace(near, softmax_layers=tuple(sorted(map(int, np.argsort(-need)[:count]))))
-    if family == "pairs by need, exact heads":
-        heads = choice.best(choice.read(told.heads), SHARE, config)
+    if "% exact" in family:
+        heads = choice.best(choice.read(told.heads), family.split()[-2], config)
         near = dataclasses.replace(near, softmax_heads=heads, retrieval_window=told.reach)
     return budgets.spend(curves, limit, config, near).switches
 
@@ -164,7 +163,7 @@ def show(told: argparse.Namespace, rows: dict[str, Any]) -> None:
         for line, part in enumerate(("loss", "needles")):
             axis = axes[line][column]
             for family in SIZES:
-                own = [row for row in rows.values() if row["family"] == family]
+                own = sorted((row for row in rows.values() if row["family"] == family), key=lambda row: row["bytes"])
                 axis.plot(
                     [row["bytes"] / 2**20 for row in own], [row["scores"][str(length)][part] for row in own], "o-",
                     label=family,

@@ -18,7 +18,8 @@ _data = DataConfig(sequence_length=256, batch_size=8, held_out_tokens=32768)
 _stage1 = RunConfig(
     recipe="tiny",
     stage=1,
-    attention=dataclasses.replace(preset("lizard"), window=32, chunk=32, kept=45, feature_half=8),
+    attention=dataclasses.replace(preset("lizard"), window=32, chunk=32, feature_half=8),
+    state_bytes="97tokens",
     data=_data,
     optim=OptimConfig(learning_rate=1e-2, tokens=450_000),
 )

@@ -143,7 +143,9 @@ def test_what_is_no_size_is_refused(text):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(UserError, match="a state of 1,000 bytes is too small: windows, memory and exact heads"):
+    with pytest.raises(
+        UserError, match=r"a state of 1,000 bytes \(--state-bytes\) is too small: windows, memory and exact heads"
+    ):
         spend(falling(0, [0, 2]), Size(1000, 64), SHAPE, SWITCHES)
     with pytest.raises(UserError, match="3 x 2 key heads with a window of 8, and the model has 4 x 2 with 8"):
         spend(falling(0, [0, 2]), Size(2**20, 64), dataclasses.replace(SHAPE, num_layers=4), SWITCHES)

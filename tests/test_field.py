@@ -72,6 +72,11 @@ def test_nothing_to_go_on_from_is_one_line(model):
         model.generate(["a", ""])
 
 
+def test_a_cache_beyond_the_memory_is_refused_before_it_is_made(model):
+    with pytest.raises(UserError, match=r"the state of 1 rows of 2,147,483,648 tokens takes [\d,.]+ GB, and there are"):
+        model.generate("a", max_new_tokens=2**31 - 100)
+
+
 def test_tokens_a_model_does_not_have_are_refused(tmp_path):
     place = scripted(tmp_path / "model")
     tensors = load_file(place / "model.safetensors")

@@ -4,6 +4,7 @@ The state is donated: a call overwrites it in place, so memory does not grow wit
 """
 
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -98,6 +99,22 @@ def prefill(
 def capacity(lengths: Sequence[int], new: int, size: int = PREFILL) -> int:
     """What a key/value cache must hold for these prompts and ``new`` tokens: a multiple of the chunk."""
     return -(-(max(lengths) + new) // size) * size
+
+
+def check_room(model: Llama, rows: int, length: int) -> None:
+    """Refuses what cannot be held before anything is allocated.
+
+    Raises:
+        UserError: the states of so many rows of ``length`` tokens take more than the device's memory.
+    """
+    stats = jax.devices()[0].memory_stats() or {}
+    there = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = rows * model.state_bytes(length)
+    if needed > there:
+        raise UserError(
+            f"the state of {rows:,} rows of {length:,} tokens takes {needed / 1e9:,.1f} GB, and there are "
+            f"{there / 1e9:,.1f} GB; give fewer prompts at once, or a smaller --max-new-tokens"
+        )
 
 
 def with_room(state: Any, lengths: Sequence[int], new: int, size: int = PREFILL) -> Any:

@@ -45,8 +45,8 @@ class Generation:
         earlier: the conversation that the one prompt goes on with.
 
     Raises:
-        UserError: no prompt, an empty one, one with tokens that the model does not have, or an ``earlier``
-            conversation with several prompts. From ``pieces``: logits that are not finite.
+        UserError: no prompt, an empty one, one with tokens that the model does not have, an ``earlier`` conversation
+            with several prompts, or a state beyond the device's memory. From ``pieces``: logits that are not finite.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Generation:
             if not len(prompt):
                 raise UserError(f"prompt {number + 1} is empty; give at least one token to go on from")
             check_ids(prompt, model.config.vocab_size, f"prompt {number + 1}")
+        decode.check_room(model, len(prompts), decode.capacity([len(prompt) for prompt in prompts], max_new_tokens))
         stops = (stops,) if isinstance(stops, str) else tuple(stops)
         # Special tokens are no part of the text that stop strings are looked for in.
         ends, stops = special_stops(tokenizer, stops)

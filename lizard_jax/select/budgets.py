@@ -267,8 +267,8 @@ def spend(curves: Curves, limit: Size, config: ModelConfig, switches: LizardConf
     least = state_bytes(replace(config, attention=bare), limit.length)
     if least > limit.bytes:
         raise UserError(
-            f"a state of {limit.bytes:,} bytes is too small: windows, memory and exact heads alone take {least:,}; "
-            "give more, or a smaller --window"
+            f"a state of {limit.bytes:,} bytes (--state-bytes) is too small: windows, memory and exact heads "
+            f"alone take {least:,}; give more, or a smaller --window"
         )
     # Pairs, the numbers that decide about them and about the window's, and a position for a class of their own.
     prices = [0 if kept == 0 else kept * (4 * config.head_dim + 8) + 4 * switches.window + 4 for kept in curves.kept]

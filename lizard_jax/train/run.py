@@ -136,9 +136,10 @@ def with_budgets(
     """
     if not config.state_bytes or config.stage == 0:
         return config
-    if told := sorted(given & {"attention.kept", "attention.budgets"}):
-        if "state_bytes" not in given:  # the recipe's own
-            return override(config, {"state_bytes": ""})
+    told = sorted(given & {"attention.kept", "attention.budgets"})
+    if "state_bytes" not in given and (told or config.attention.memory == "all"):
+        return override(config, {"state_bytes": ""})  # the recipe's own; what holds all tokens keeps no pairs beside
+    if told:
         raise UserError(f"--state-bytes says what is kept; leave out --{told[0].removeprefix('attention.')}")
     if config.attention.budgets:
         return config

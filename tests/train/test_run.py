@@ -122,7 +122,7 @@ def test_a_state_of_that_size_is_split_among_heads_through_both_stages(tmp_path,
     capsys.readouterr()
     _refused(capsys, ["--stage=1", *own, "--kept", "3"], "--state-bytes says what is kept; leave out --kept")
     other = ["--stage=1", *plain, "--out", str(tmp_path / "other"), "--state-bytes"]
-    _refused(capsys, [*other, "10"], "a state of 10 bytes is too small")
+    _refused(capsys, [*other, "10"], "a state of 10 bytes (--state-bytes) is too small")
     _refused(capsys, [*other, "9tokens", "--curves", str(tmp_path / "none.json")], "none.json")
     assert not (tmp_path / "other").exists()
 
