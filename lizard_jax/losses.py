@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from lizard_jax.models.llama import Llama
 from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.typing import Array, Float, Int
+from pallas_kernels import partition
 
 LOGITS_AT_ONCE = 2**25
 """Logits kept in memory at a time; the rest is recomputed, so that a vocabulary of 128k costs no 8 GB."""
@@ -36,8 +37,10 @@ def prediction_losses(
     """
     batch, time, _ = hidden.shape
     both = 1 if teacher_hidden is None else 2
+    # On a mesh the head is gathered once, before the slices, and a device holds the logits of its own rows.
+    head, rows = partition.by_columns(model.head()), batch // partition.row_parts(batch)
     slices = 1
-    while slices < time and (both * batch * time * model.config.vocab_size) // slices > LOGITS_AT_ONCE:
+    while slices < time and (both * rows * time * model.config.vocab_size) // slices > LOGITS_AT_ONCE:
         slices *= 2
     length = -(-time // slices)
     pad = slices * length - time
@@ -49,12 +52,12 @@ def prediction_losses(
     @jax.checkpoint
     def piece(totals: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
         piece_hidden, piece_targets, piece_mask, *teacher = part
-        log_p = jax.nn.log_softmax(model.logits(piece_hidden))
+        log_p = jax.nn.log_softmax(model.logits(piece_hidden, head))
         weight = piece_mask.astype(log_p.dtype)
         nll = -jnp.take_along_axis(log_p, piece_targets[..., None], axis=-1)[..., 0]
         kl = jnp.zeros_like(nll)
         if teacher:
-            log_t = jax.lax.stop_gradient(jax.nn.log_softmax(model.logits(teacher[0])))
+            log_t = jax.lax.stop_gradient(jax.nn.log_softmax(model.logits(teacher[0], head)))
             kl = (jnp.exp(log_t) * (log_t - log_p)).sum(-1)
         return (totals[0] + (nll * weight).sum(), totals[1] + (kl * weight).sum()), None
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # How an argument's axes lie, in roles; ``spread`` puts the mesh's axes in their place.
 TOKENS = PartitionSpec("batch", None, "heads")
@@ -44,6 +44,35 @@ def over(partition: Partition | None) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def row_parts(rows: int) -> int:
+    """Over how many parts so many batch rows are split: 1 without ``over``, or where the mesh does not divide them."""
+    partition = _current.get()
+    parts = 1 if partition is None else math.prod(partition.mesh.shape[name] for name in partition.batch)
+    return 1 if rows % parts else parts
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """The activations ``[B, …]``, each device holding its own rows whole.
+
+    XLA reads how activations lie off the parameters, and split by width along ``fsdp`` they would be summed over all
+    devices, for the whole batch, at every layer.
+    """
+    partition = _current.get()
+    if partition is None or row_parts(x.shape[0]) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(partition.mesh, PartitionSpec(partition.batch)))
+
+
+def by_columns(x: jax.Array) -> jax.Array:
+    """The matrix ``[D, V]``, its columns split as heads are and each of them whole."""
+    partition = _current.get()
+    if partition is None:
+        return x
+    parts = math.prod(partition.mesh.shape[name] for name in partition.heads)
+    spec = PartitionSpec(None, None if x.shape[1] % parts else partition.heads)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(partition.mesh, spec))
 
 
 def spread(function: Callable, roles: tuple[Any, ...], results: Any, rows: int, heads: Sequence[int]) -> Callable:

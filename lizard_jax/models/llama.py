@@ -12,6 +12,7 @@ from lizard_jax.nn.attention import Attention
 from lizard_jax.nn.layers import MLP, Embedding, Linear, RMSNorm
 from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.typing import Array, Float, Int
+from pallas_kernels import partition
 
 
 class Block(nnx.Module):
@@ -29,13 +30,13 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        x = x + self.attention(self.attention_norm(x), segment_ids=segment_ids)
-        return x + self.mlp(self.mlp_norm(x))
+        x = partition.by_rows(x + self.attention(self.attention_norm(x), segment_ids=segment_ids))
+        return partition.by_rows(x + self.mlp(self.mlp_norm(x)))
 
     def after_heads(self, x: Float[Array, "B T D"], heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """The block's output for given head outputs of its attention (stage 1 supplies the teacher's)."""
-        x = x + self.attention.output(heads)
-        return x + self.mlp(self.mlp_norm(x))
+        x = partition.by_rows(x + self.attention.output(heads))
+        return partition.by_rows(x + self.mlp(self.mlp_norm(x)))
 
     def extend(
         self, x: Float[Array, "B T D"], state: Any, lengths: Int[Array, " B"]
@@ -84,12 +85,13 @@ class Llama(nnx.Module):
             x = run(block, x, segment_ids)
         return self.norm(x)
 
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Float32 logits of final hidden states (float64 for a float64 model)."""
-        if self.lm_head is None:
-            head = self.embed.embedding[...].T
-        else:
-            head = self.lm_head.kernel[...]
+    def head(self) -> Float[Array, "D V"]:
+        """What makes logits of hidden states."""
+        return self.embed.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+
+    def logits(self, hidden: Float[Array, "B T D"], head: Float[Array, "D V"] | None = None) -> Float[Array, "B T V"]:
+        """Float32 logits of final hidden states (float64 for a float64 model), through ``head`` where it is at hand."""
+        head = self.head() if head is None else head
         return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=accumulation_dtype(hidden))
 
     def init_state(self, batch: int, max_length: int | None = None) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from lizard_jax.errors import UserError
 from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.nn.params import BaseParam, LoraParam
 from lizard_jax.typing import Array, Float, Int
+from pallas_kernels import partition
 
 INIT_STD = 0.02
 
@@ -60,7 +61,7 @@ class Embedding(nnx.Module):
         self.embedding = BaseParam(INIT_STD * jax.random.normal(rngs.params(), (vocab_size, width), dtype))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return jnp.take(self.embedding[...], tokens, axis=0)
+        return partition.by_rows(jnp.take(self.embedding[...], tokens, axis=0))
 
 
 def _quick_gelu(x: Array) -> Array:

@@ -1,15 +1,19 @@
 """The same run on one device and on meshes of eight."""
 
+import math
+import re
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from lizard_jax import sharding
+from lizard_jax import losses, sharding
+from lizard_jax.config import DataConfig
 from lizard_jax.train import stages
 from lizard_jax.train.checkpoint import Checkpoints, named, restore_params
 from lizard_jax.train.optim import Optimizer
-from lizard_jax.train.step import place, train_step
+from lizard_jax.train.step import eval_step, place, train_step
 from tests.train.tiny import RandomBatches, make_model, mesh_of, run_config
 
 
@@ -95,3 +99,38 @@ def test_a_checkpoint_moves_between_meshes(tmp_path):
     on_host, _ = restore_params(tmp_path, blank[0], "latest")
     for name, leaf in named(on_host).items():
         np.testing.assert_array_equal(leaf, np.asarray(named(saved.trainable)[name]))
+
+
+def _collectives(text: str) -> list[tuple[str, int]]:
+    """Of a compiled program, each collective and the numbers in its largest result."""
+    found = []
+    for line in text.splitlines():
+        match = re.search(
+            r"= (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(", line
+        )
+        if match:
+            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+            found.append((match[2], max(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)))
+    return found
+
+
+@pytest.mark.parametrize("form", ["stage 1", "stage 2", "stage 2, KL in slices", "validation"])
+def test_devices_exchange_weights_and_no_activations(form, monkeypatch):
+    """On 2 x 4 devices nothing of a whole batch's activations, of its MLP's width, or of logits goes over a link."""
+    if "slices" in form:
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 2048)
+    data = DataConfig(sequence_length=64, batch_size=8, held_out_tokens=512)
+    config = run_config(1 if form == "stage 1" else 2, data=data)
+    mesh, optimizer = mesh_of(data=2, fsdp=4), Optimizer(config.optim, 1)
+    state = place(config, make_model(config), optimizer, mesh)
+    batch = _placed(RandomBatches(config.data).batch(0), mesh)
+    if form == "validation":
+        compiled = eval_step(config, state, mesh).lower(state.trainable, state.frozen, batch).compile()
+    else:
+        step = train_step(config, optimizer, state, mesh)
+        compiled = step.lower(state.trainable, state.optimizer, state.frozen, batch).compile()
+    found = _collectives(compiled.as_text())
+    assert any(kind == "all-gather" for kind, _ in found)
+    largest = max(np.asarray(leaf).size for leaf in jax.tree.leaves(state.frozen))
+    # A device's own row of activations is as large as the largest weight here; eight rows are far more.
+    assert max(size for _, size in found) <= largest, sorted(found, key=lambda one: -one[1])[:5]
