@@ -57,6 +57,8 @@ SIZES = {
     "exact layers": (1024,),
 }
 """Tokens of a window of equal bytes, by family; a share of the key heads keeps ``--reach`` tokens."""
+SIZED_AT = 8192
+"""Tokens at which growing caches count."""
 LONG_SEED = 4
 """Of the needles, other than any that ranked."""
 
@@ -68,7 +70,7 @@ def student(told: argparse.Namespace, config: ModelConfig, family: str, tokens: 
         UserError: not even the family's least fits.
     """
     near = LizardConfig(memory="none", window=told.window)
-    limit = budgets.size(f"{tokens}tokens@{max(told.lengths)}", config, near)
+    limit = budgets.size(f"{tokens}tokens@{SIZED_AT}", config, near)
     if family == "window":
         return dataclasses.replace(near, window=tokens)
     if family == "pairs alike":
@@ -77,8 +79,8 @@ def student(told: argparse.Namespace, config: ModelConfig, family: str, tokens: 
         return dataclasses.replace(near, kept=kept)
     curves = budgets.read(told.curves)
     if family == "exact layers":
-        cache = 4 * config.head_dim * config.kv_heads * max(told.lengths)
-        least = budgets.state_bytes(dataclasses.replace(config, attention=near), max(told.lengths))
+        cache = 4 * config.head_dim * config.kv_heads * SIZED_AT
+        least = budgets.state_bytes(dataclasses.replace(config, attention=near), SIZED_AT)
         count = int((limit.bytes - least) // (cache - least // config.num_layers))
         need = curves.array[..., 0].sum(axis=1)
         return dataclasses.replace(near, softmax_layers=tuple(sorted(map(int, np.argsort(-need)[:count]))))
@@ -121,7 +123,7 @@ def run(told: argparse.Namespace) -> None:
     measure = Measure(
         load_tokenizer(told.teacher), sentences(told.book.read_text(encoding="utf-8").split("<|endoftext|>")[-1])
     )
-    cases: list[tuple[str, int, LizardConfig | None]] = [("teacher", max(told.lengths), None)]
+    cases: list[tuple[str, int, LizardConfig | None]] = [("teacher", SIZED_AT, None)]
     for family, sizes in SIZES.items():
         cases += [(family, tokens, student(told, config, family, tokens)) for tokens in sizes]
     names = ("window", "reach", "lengths", "texts", "needles")
@@ -136,7 +138,7 @@ def run(told: argparse.Namespace) -> None:
         if name in rows:
             continue
         model = load_hf(told.teacher, attention=switches, dtype="float32")
-        size = budgets.state_bytes(dataclasses.replace(config, attention=switches), max(told.lengths))
+        size = budgets.state_bytes(dataclasses.replace(config, attention=switches), SIZED_AT)
         rows[name] = {"family": family, "bytes": size, "scores": {}}
         for length in told.lengths:
             rows[name]["scores"][str(length)] = scores(model, scored[length], hidden[length])
@@ -149,7 +151,7 @@ def show(told: argparse.Namespace, rows: dict[str, Any]) -> None:
     """The table as Markdown, and as a picture."""
     whole = rows["teacher"]["bytes"]
     heads = [f"loss at {length:,}" for length in told.lengths] + [f"needles at {length:,}" for length in told.lengths]
-    lines = [f"| | MiB at {max(told.lengths):,} | of the cache | " + " | ".join(heads) + " |"]
+    lines = [f"| | MiB at {SIZED_AT:,} | of the cache | " + " | ".join(heads) + " |"]
     lines += ["|---|---:|---:|" + "---:|" * len(heads)]
     for name, row in rows.items():
         found = [row["scores"][str(length)] for length in told.lengths]
@@ -185,7 +187,7 @@ def main() -> int:
     parser.add_argument("--book", type=Path, required=True, metavar="FILE", help="its last document is read")
     parser.add_argument("--window", type=int, default=128, help="W beside pairs (default %(default)s)")
     parser.add_argument("--reach", type=int, default=8192, help="tokens of exact heads (default %(default)s)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192], help="default %(default)s")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096], help="default %(default)s")
     parser.add_argument("--texts", type=int, default=4, help="most texts of a length (default %(default)s)")
     parser.add_argument("--needles", type=int, default=4, help="needles of a length (default %(default)s)")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "frontier", help="the table, less suffix")

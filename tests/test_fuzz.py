@@ -15,12 +15,14 @@ from lizard_jax.cli import from_dict
 from lizard_jax.config import LizardConfig, RunConfig, to_dict
 from lizard_jax.convert.files import read_json
 from lizard_jax.convert.hf_config import lizard_config, model_config
+from lizard_jax.convert.load import _lora_config
 from lizard_jax.convert.origin import read_manifest
 from lizard_jax.convert.params import misfits, parameters, skeleton
 from lizard_jax.convert.weights import open_weights
 from lizard_jax.data.text import load_tokenizer
 from lizard_jax.errors import UserError
 from lizard_jax.generate.prompts import end_tokens
+from lizard_jax.select import budgets, choice
 from tests.scripted import scripted
 
 pytestmark = pytest.mark.slow
@@ -137,6 +139,39 @@ def test_index_and_manifest(tmp_path, name):
     for _ in range(CASES):
         (tmp_path / name).write_text(json.dumps(changed(rng, good)))
         told(lambda: read(tmp_path))
+
+
+DOORS = {
+    "heads.json": (choice.read, {"format": 1, "by": "loss", "layers": 2, "kv_heads": 1, "scores": [[0.5], [1.5]]}),
+    "budgets.json": (
+        budgets.read,
+        {"format": 1, "window": 8, "kept": [0, 2, 8], "errors": [[[3.0, 2.0, 0.5]], [[1.0, 0.5, 0.0]]]},
+    ),
+    "adapter_config.json": (
+        lambda file: _lora_config(file.parent),
+        {
+            "peft_type": "LORA",
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["q_proj"],
+            "bias": "none",
+            "use_rslora": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_what_other_commands_wrote(tmp_path, name):
+    rng, (read, good) = np.random.default_rng(8), DOORS[name]
+    file = tmp_path / name
+    file.write_text(json.dumps(good))
+    assert not told(lambda: read(file))
+    refused = 0
+    for _ in range(CASES):
+        file.write_text(json.dumps(changed(rng, good)))
+        refused += told(lambda: read(file))
+    assert refused > CASES // 4
 
 
 def test_safetensors(tmp_path):
