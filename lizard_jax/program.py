@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from lizard_jax.accelerators import keep_compiled
 from lizard_jax.errors import UserError
 
 
@@ -23,6 +24,7 @@ def ended(work: Callable[[], int], *, interrupted: str) -> int:
         ``work``'s code; 2 after bad input, a file that cannot be read or written, or an output that was closed or is
         full; 130 after Ctrl-C.
     """
+    keep_compiled()
     try:
         code = work()
         sys.stdout.flush()

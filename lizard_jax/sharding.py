@@ -6,6 +6,7 @@ parameter's path, so the same row places it. XLA's partitioner does the rest (pj
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ def start_distributed() -> None:
     """Join the other processes of a multi-host launch; do nothing when there is only this one.
 
     A launch is multi-host where ``JAX_COORDINATOR_ADDRESS`` is set (with ``JAX_NUM_PROCESSES`` and
-    ``JAX_PROCESS_ID``), or where SLURM, Open MPI or a TPU pod says that there is more than one task.
+    ``JAX_PROCESS_ID``), or where a step of Slurm (what ``srun`` starts), Open MPI or a TPU pod has more than one task.
     """
     if jax.distributed.is_initialized():
         return
@@ -51,7 +52,14 @@ def start_distributed() -> None:
             process_id=int(env["JAX_PROCESS_ID"]),
         )
         return
-    tasks = max(int(env.get("SLURM_NTASKS", 1)), int(env.get("OMPI_COMM_WORLD_SIZE", 1)))
+    tasks = int(env.get("OMPI_COMM_WORLD_SIZE", 1))
+    if "SLURM_STEP_NODELIST" in env:
+        tasks = max(tasks, int(env.get("SLURM_NTASKS", 1)))
+    elif env.get("SLURM_NTASKS", "1") != "1":
+        print(
+            f"note: Slurm gives this job {env['SLURM_NTASKS']} tasks, and this is one process; start it with srun to "
+            "use them all", file=sys.stderr, flush=True,
+        )  # fmt: skip
     pod = "," in env.get("TPU_WORKER_HOSTNAMES", "")
     if "JAX_COORDINATOR_ADDRESS" in env or tasks > 1 or pod:
         jax.distributed.initialize()

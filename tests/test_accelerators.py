@@ -29,3 +29,28 @@ def test_nothing_is_said_of_plugins_without_devices(monkeypatch):
     code = "import lizard_jax, jax; print(jax.devices()[0].platform)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("cpu\n", "")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "environment", "chosen"),
+    [
+        (["nvidia0"], {"XDG_CACHE_HOME": "/c"}, "/c/lizard-jax/compiled"),
+        (["accel0"], {"JAX_COMPILATION_CACHE_DIR": "/mine"}, "/mine"),
+        ([], {"XDG_CACHE_HOME": "/c"}, None),
+        (["nvidia0"], {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": "/c"}, None),
+    ],
+)
+def test_what_is_compiled_for_an_accelerator_is_kept(tmp_path, monkeypatch, nodes, environment, chosen):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setitem(sys.modules, "jax", None)
+    monkeypatch.delitem(sys.modules, "jax")
+    for node in nodes:
+        (tmp_path / node).touch()
+    accelerators.keep_compiled(environment, tmp_path)
+    assert environment.get("JAX_COMPILATION_CACHE_DIR") == chosen
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "eval", "select", "convert"])
+def test_a_command_says_so_before_jax_is_there(command):
+    code = f"import sys, lizard_jax.{command}.__main__; print('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -15,7 +15,7 @@ ALLOWED: dict[str, list[str]] = {
     "config": ["errors", "typing"],
     "orbax_noise": ["errors"],
     "atomic": [],
-    "program": ["errors"],
+    "program": ["errors", "accelerators"],
     "accelerators": [],
     "sharding": [*BASE, "pallas_kernels"],
     "nn": NN,

@@ -68,3 +68,29 @@ def test_put_places_values_unchanged():
     placed = sharding.put(rows, sharding.batch_sharding(mesh))
     assert placed.addressable_shards[0].data.shape == (1, 2)
     chex.assert_trees_all_equal(np.asarray(placed), rows)
+
+
+@pytest.mark.parametrize(
+    ("environment", "joins", "note"),
+    [
+        ({}, False, ""),
+        ({"SLURM_NTASKS": "8"}, False, "start it with srun"),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "node[1-2]"}, True, ""),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"}, False, ""),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, True, ""),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True, ""),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, False, ""),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True, ""),
+    ],
+)
+def test_a_launch_of_many_processes_is_joined_and_no_other(monkeypatch, capsys, environment, joins, note):
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **more: joined.append(args))
+    sharding.start_distributed()
+    assert bool(joined) == joins
+    told = capsys.readouterr().err
+    assert (note in told) if note else (told == "")
