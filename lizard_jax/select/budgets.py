@@ -8,7 +8,6 @@ makes small.
 """
 
 import contextlib
-import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -106,19 +105,22 @@ def measure(
     options = menu(window, length)
     total = np.zeros((config.num_layers, config.kv_heads, len(options)))
     count = 0.0
+    # Functions of this call alone: what is traced depends on the mesh that kernels are split over.
+    slopes_of = jax.jit(lambda *args: _slopes(*args))
+    costs = jax.jit(lambda *args, **kinds: _costs(*args, **kinds), static_argnames=("student", "config", "layer"))
     for batch in batches:
         own = place(batch)
         inputs, targets, segments, mask = (
             jnp.asarray(a) for a in (own.inputs, own.targets, own.segment_ids, own.loss_mask)
         )
-        slopes = jax.block_until_ready(_slopes(teacher, inputs, targets, segments, mask))
+        slopes = jax.block_until_ready(slopes_of(teacher, inputs, targets, segments, mask))
         x = following = teacher.embed(inputs)
         for layer, block in enumerate(teacher.layers):
             for n, kept in enumerate(options):
                 if window + kept >= length:
                     continue
                 student = replace(config, attention=plain(switches, kept=kept))
-                own_error, following = _costs(
+                own_error, following = costs(
                     block, x, slopes[layer], segments, student=student, config=config, layer=like(config, layer)
                 )
                 total[layer, :, n] += sharding.on_host(jax.block_until_ready(own_error))
@@ -132,7 +134,6 @@ def measure(
     return Curves(window=window, kept=options, errors=errors.tolist())
 
 
-@jax.jit
 def _slopes(
     teacher: Llama,
     inputs: Int[Array, "B T"],
@@ -158,7 +159,6 @@ def _slopes(
     return jax.grad(loss)([jnp.zeros(shape, dtype) for _ in range(config.num_layers)])
 
 
-@functools.partial(jax.jit, static_argnames=("student", "config", "layer"))
 def _costs(
     block: Block,
     x: Float[Array, "B T D"],

@@ -23,7 +23,7 @@ from lizard_jax.nn.lizard_attention import LizardMixer
 from lizard_jax.nn.numerics import ABSENT, accumulation_dtype
 from lizard_jax.nn.params import NewParam
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
-from lizard_jax.nn.split_attention import Student, students_of
+from lizard_jax.nn.split_attention import students_of
 from lizard_jax.typing import Array, Float, Int
 
 AGES = (0.5, 2.0, 8.0, 64.0)
@@ -82,34 +82,51 @@ def measure_start(model: Llama, batches: Sequence[Batch], place: Callable[[Any],
     """
     segments = [jnp.asarray(place(batch).segment_ids) for batch in batches]
     hidden = [model.embed(jnp.asarray(place(batch).inputs)) for batch in batches]
-    probe = jax.jit(_probe, static_argnames="number")
+    # Functions of this call alone: what is traced depends on the mesh that kernels are split over.
+    probe, teach = jax.jit(lambda *args: _probe(*args)), jax.jit(lambda *args: _teach(*args))
     rows = []
     for index, block in enumerate(model.layers):
-        teacher, students = SoftmaxMixer(model.config, index), students_of(block.attention.mixer)
-        following, chosen = hidden, []
-        for number, student in enumerate(students):
+        students, seen = students_of(block.attention.mixer), []
+        frozen = _as_teacher(block, SoftmaxMixer(model.config, index))
+        for n, segment_ids in enumerate(segments):
+            read, taught, hidden[n] = jax.block_until_ready(teach(frozen, hidden[n], segment_ids))
+            seen.append((read, taught))
+        chosen = []
+        for student in students:
             mixer = student.mixer
             biases = _biases(mixer)
             ages = 1 if biases is None else len(biases)
             offsets: Array = jnp.full((ages, mixer.config.num_heads), jnp.nan, accumulation_dtype(hidden[0]))
-            total, following = None, []
-            for x, segment_ids in zip(hidden, segments, strict=True):
+            total = None
+            for ((normed, *qkv), taught), segment_ids in zip(seen, segments, strict=True):
+                inputs, target = (normed, *student.part(*qkv)), student.heads(taught)
                 # One at a time: collectives of several programs in flight can starve each other on virtual devices.
-                found = jax.block_until_ready(probe(block, teacher, biases, offsets, x, segment_ids, number=number))
-                after, offsets, sums = found
-                following.append(after)
+                found = jax.block_until_ready(probe(mixer, biases, offsets, inputs, target, segment_ids))
+                offsets, sums = found
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
             assert total is not None
             chosen.append(_choose(mixer, biases, *sharding.on_host((offsets, total))))
         if chosen:
             rows.append(_layer(chosen))
-        else:
-            following = [
-                block.after_heads(x, teacher(*_inputs(block, x), segment_ids=s))
-                for x, s in zip(hidden, segments, strict=True)
-            ]
-        hidden = following
     return Start(*(_stacked(column) for column in zip(*rows, strict=True)))
+
+
+def _as_teacher(block: Block, mixer: SoftmaxMixer) -> Block:
+    """The block with softmax attention. All layers are then of one kind, whatever their heads keep, and share what is
+    compiled."""
+    out: Block = nnx.merge(*nnx.split(block))
+    out.attention.mixer = mixer
+    return out
+
+
+def _teach(
+    block: Block, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"]
+) -> tuple[tuple[Array, Array, Array, Array], Float[Array, "B T N H"], Float[Array, "B T D"]]:
+    """What the layer's attention reads, the teacher's head outputs, and its next hidden state."""
+    normed = block.attention_norm(x)
+    q, k, v = block.attention.qkv(normed)
+    taught = block.attention.mixer(normed, q, k, v, segment_ids=segment_ids)
+    return (normed, q, k, v), taught, block.after_heads(x, taught)
 
 
 def _layer(chosen: Sequence["_Chosen"]) -> tuple[np.ndarray, np.ndarray, float, float]:
@@ -126,11 +143,6 @@ def _stacked(column: Sequence[Any]) -> np.ndarray:
     return np.stack(rows) if np.ndim(column[0]) else np.concatenate(rows)
 
 
-def _inputs(block: Block, x: Array) -> tuple[Array, Array, Array, Array]:
-    normed = block.attention_norm(x)
-    return normed, *block.attention.qkv(normed)
-
-
 def _biases(mixer: LizardMixer) -> Float[Array, " ages"] | None:
     """The candidate biases, ``ln`` of the ages in tokens; None for gates without one."""
     if mixer.gate is None or mixer.gate.kind != "scalar" or mixer.gate.bias is None:
@@ -139,25 +151,19 @@ def _biases(mixer: LizardMixer) -> Float[Array, " ages"] | None:
 
 
 def _probe(
-    block: Block,
-    teacher: SoftmaxMixer,
+    mixer: LizardMixer,
     biases: Float[Array, " ages"] | None,
     offsets: Float[Array, "ages N"],
-    x: Float[Array, "B T D"],
+    inputs: tuple[Array, Array, Array, Array],
+    target: Float[Array, "B T N H"],
     segment_ids: Int[Array, "B T"],
-    *,
-    number: int,
-) -> tuple[Array, Array, dict[str, Array]]:
-    """One layer on one batch: the teacher's next hidden state, and sums of squared errors ``[ages, shares, N]``.
+) -> tuple[Array, dict[str, Array]]:
+    """One student on one batch: the log-odds that were used, and sums of squared errors ``[ages, shares, N]``.
 
-    ``number`` says which of the layer's students is probed. ``offsets`` is the mean log-odds of its window against its
-    memory before β, of each age and query head; NaN has it measured here.
+    ``offsets`` is the mean log-odds of the window against the memory before β, of each age and query head; NaN has it
+    measured here. ``inputs`` are x, q, k, v of the student's heads, ``target`` the teacher's outputs of them.
     """
-    student: Student = students_of(block.attention.mixer)[number]
-    normed, *qkv = _inputs(block, x)
-    taught = teacher(normed, *qkv, segment_ids=segment_ids)
-    target, inputs = student.heads(taught), (normed, *student.part(*qkv))
-    parts = nnx.split(student.mixer)
+    parts = nnx.split(mixer)
     wide = accumulation_dtype(target)
     real = (segment_ids != 0)[..., None]
 
@@ -186,7 +192,7 @@ def _probe(
     else:
         offset, errors = jax.lax.map(lambda pair: candidate(*pair), (biases, offsets))
     alone = squares(near.heads.astype(wide) - target.astype(wide))
-    return block.after_heads(x, taught), offset, {"errors": errors, "window": alone, "power": squares(target)}
+    return offset, {"errors": errors, "window": alone, "power": squares(target)}
 
 
 def _with(parts: Any, *, bias: Array | None = None, beta: Array | None = None) -> LizardMixer:
