@@ -9,8 +9,8 @@ What to expect, by arithmetic alone; no run of this recipe has been measured:
 - the teacher has 1.24 B weights, 2.5 GB in bf16, which ``--mesh-fsdp`` splits over the devices;
 - stage 1 trains 0.9 M new weights (0.07% of the teacher's), stage 2 those and 1.2 M of LoRA (r=8 on q, k, v);
 - 1,220 steps a stage of 8 sequences of 2,048 tokens;
-- generating needs 9.1 MiB a sequence at any length, as much as softmax attention's cache (32 KiB a token) at
-  290 tokens.
+- generating needs 32.1 MiB a sequence at any length, as much as softmax attention's cache (32 KiB a token) at
+  1,028 tokens (--state-bytes makes it any other size).
 """
 
 from lizard_jax.config import RunConfig

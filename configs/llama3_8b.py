@@ -9,8 +9,8 @@ What to expect, by arithmetic alone; no run of this recipe has been measured:
 - the teacher has 8.03 B weights, 16.1 GB in bf16, which ``--mesh-fsdp`` splits over the devices;
 - stage 1 trains 6.3 M new weights (0.08% of the teacher's), stage 2 those and 4.7 M of LoRA (r=8 on q, k, v);
 - 1,220 steps a stage of 8 sequences of 2,048 tokens;
-- generating needs 39.9 MiB a sequence at any length, as much as softmax attention's cache (128 KiB a token) at
-  319 tokens.
+- generating needs 128.5 MiB a sequence at any length, as much as softmax attention's cache (128 KiB a token) at
+  1,028 tokens (--state-bytes makes it any other size).
 """
 
 from lizard_jax.config import RunConfig
