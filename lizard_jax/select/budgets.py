@@ -42,7 +42,7 @@ from lizard_jax.typing import Array, Float, Int
 from pallas_kernels import partition
 
 SHARES = (0.0, 0.25, 1.0, 4.0, 16.0)
-"""Kept pairs that a head may have, in windows; finer steps gain nothing (benchmarks/budgets.md)."""
+"""Kept pairs that a head may have, in windows; finer steps gain nothing (docs/recipe.md)."""
 TOKENS = 8192
 """Tokens of text that curves are measured on, at least one batch."""
 LENGTH = 8192
