@@ -114,7 +114,7 @@ def measure(
             jnp.asarray(a) for a in (own.inputs, own.targets, own.segment_ids, own.loss_mask)
         )
         slopes = jax.block_until_ready(slopes_of(teacher, inputs, targets, segments, mask))
-        x = following = teacher.embed(inputs)
+        x = following = jax.block_until_ready(teacher.embed(inputs))
         for layer, block in enumerate(teacher.layers):
             for n, kept in enumerate(options):
                 if window + kept >= length:

@@ -81,7 +81,7 @@ def measure_start(model: Llama, batches: Sequence[Batch], place: Callable[[Any],
         place: puts a batch on the devices that the model lies on.
     """
     segments = [jnp.asarray(place(batch).segment_ids) for batch in batches]
-    hidden = [model.embed(jnp.asarray(place(batch).inputs)) for batch in batches]
+    hidden = [jax.block_until_ready(model.embed(jnp.asarray(place(batch).inputs))) for batch in batches]
     # Functions of this call alone: what is traced depends on the mesh that kernels are split over.
     probe, teach = jax.jit(lambda *args: _probe(*args)), jax.jit(lambda *args: _teach(*args))
     rows = []
