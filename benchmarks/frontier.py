@@ -30,7 +30,7 @@ import matplotlib as mpl
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.recovery import score_texts
+from benchmarks.recovery import pairs_worth, score_texts
 from lizard_jax.atomic import write_atomic
 from lizard_jax.config import LizardConfig, ModelConfig
 from lizard_jax.convert.files import read_json
@@ -40,6 +40,7 @@ from lizard_jax.data.haystack import Measure, sentences
 from lizard_jax.data.text import load_tokenizer
 from lizard_jax.errors import UserError
 from lizard_jax.models import Llama
+from lizard_jax.program import ended
 from lizard_jax.select import budgets, choice
 from lizard_jax.select.needles import Needles, make
 from lizard_jax.select.rank import loss_behind
@@ -74,9 +75,7 @@ def student(told: argparse.Namespace, config: ModelConfig, family: str, tokens: 
     if family == "window":
         return dataclasses.replace(near, window=tokens)
     if family == "pairs alike":
-        pair = 4 * config.head_dim
-        kept = (tokens * pair - told.window * (pair + 4)) // (pair + 8)
-        return dataclasses.replace(near, kept=kept)
+        return dataclasses.replace(near, kept=pairs_worth(tokens, told.window, config.head_dim))
     curves = budgets.read(told.curves)
     if family == "exact layers":
         cache = 4 * config.head_dim * config.kv_heads * SIZED_AT
@@ -117,7 +116,7 @@ def scores(model: Llama, rows: np.ndarray, needles: Needles) -> dict[str, float]
     return {"loss": float(np.mean(losses)), "needles": right / len(needles.tokens)}
 
 
-def run(told: argparse.Namespace) -> None:
+def run(told: argparse.Namespace) -> int:
     """The work of ``main``."""
     config = model_config(read_json(told.teacher / "config.json"))
     measure = Measure(
@@ -145,6 +144,7 @@ def run(told: argparse.Namespace) -> None:
         print(name, json.dumps(rows[name]), flush=True)
         write_atomic(file, json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     show(told, rows)
+    return 0
 
 
 def show(told: argparse.Namespace, rows: dict[str, Any]) -> None:
@@ -192,12 +192,7 @@ def main() -> int:
     parser.add_argument("--needles", type=int, default=4, help="needles of a length (default %(default)s)")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "frontier", help="the table, less suffix")
     told = parser.parse_args()
-    try:
-        run(told)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return ended(lambda: run(told), interrupted="interrupted; the rows so far are kept")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from lizard_jax.convert.hf_config import model_config
 from lizard_jax.convert.load import load_hf
 from lizard_jax.errors import UserError
 from lizard_jax.nn import kept_pairs
+from lizard_jax.program import ended
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,15 +42,10 @@ def main() -> int:
     parser.add_argument("--texts", type=int, default=4, help="most texts (default %(default)s)")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "kept", help="the table, less suffix")
     told = parser.parse_args()
-    try:
-        run(told)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return ended(lambda: run(told), interrupted="interrupted; no table was written")
 
 
-def run(told: argparse.Namespace) -> None:
+def run(told: argparse.Namespace) -> int:
     """The work of ``main``."""
     texts = score_texts(told, told.length)
     width = model_config(read_json(told.teacher / "config.json")).head_dim
@@ -81,6 +77,7 @@ def run(told: argparse.Namespace) -> None:
         error = apart.std(ddof=1) / len(apart) ** 0.5 if len(apart) > 1 else 0.0
         lines.append(f"| {name} | {row['loss']:.3f} | {apart.mean():+.3f} ± {error:.3f} |")
     write_atomic(told.table.with_suffix(".md"), "\n".join(lines) + "\n")
+    return 0
 
 
 if __name__ == "__main__":

@@ -39,7 +39,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 import lizard_jax
@@ -57,7 +56,9 @@ from lizard_jax.errors import UserError
 from lizard_jax.eval import passkey, recall, retrieval
 from lizard_jax.eval.perplexity import by_slices, token_losses
 from lizard_jax.generate.prompts import end_tokens
-from lizard_jax.models import Llama, build
+from lizard_jax.models import Llama
+from lizard_jax.program import ended
+from lizard_jax.select import budgets
 from lizard_jax.select.budgets import Curves, Size, automatic, read, spend
 from lizard_jax.select.choice import resolved
 from lizard_jax.train.linearize import linearize
@@ -122,9 +123,7 @@ def pairs_worth(tokens: int, window: int, head_dim: int) -> int:
 
 def state_bytes(teacher: Path, attention: LizardConfig | None, length: int) -> int:
     """Bytes of one sequence's decode state with bf16 keys and values, after ``length`` tokens."""
-    shape = model_config(read_json(teacher / "config.json"), attention=attention)
-    model = nnx.eval_shape(lambda: build(shape, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    return model.state_bytes(length)
+    return budgets.state_bytes(model_config(read_json(teacher / "config.json"), attention=attention), length)
 
 
 def needs(told: argparse.Namespace, text: Path) -> Curves:
@@ -482,11 +481,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/recovery"), help="where the runs go")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "recovery", help="the table, less suffix")
     told = parser.parse_args()
-    try:
-        return run(told)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return ended(lambda: run(told), interrupted="interrupted; what is trained and scored so far is kept")
 
 
 def run(told: argparse.Namespace) -> int:

@@ -28,6 +28,6 @@ RECIPE: dict[int, RunConfig] = {
     0: dataclasses.replace(
         _stage1, stage=0, remat=False, optim=OptimConfig(learning_rate=3e-3, tokens=8_000_000, weight_decay=0.1)
     ),
-    1: _stage1,
+    1: dataclasses.replace(_stage1, validate_every=25),
     2: dataclasses.replace(_stage1, stage=2, optim=OptimConfig(learning_rate=1e-3, tokens=400_000)),
 }

@@ -124,6 +124,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """A batch of host arrays, its rows over the mesh."""
+    return put(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch))
+
+
 def kernel_partition(mesh: Mesh) -> Partition:
     """How the kernels' arrays lie: rows like a batch's, heads over ``tensor``."""
     return Partition(mesh, batch=("data", "fsdp"), heads=("tensor",))

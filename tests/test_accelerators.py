@@ -9,14 +9,20 @@ import pytest
 from lizard_jax import accelerators
 
 
+@pytest.fixture
+def before_jax(monkeypatch):
+    """As on Linux before anything imported JAX."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setitem(sys.modules, "jax", None)
+    monkeypatch.delitem(sys.modules, "jax")
+
+
+@pytest.mark.usefixtures("before_jax")
 @pytest.mark.parametrize(
     ("nodes", "environment", "chosen"),
     [([], {}, "cpu"), (["nvidia0"], {}, None), (["accel0"], {}, None), ([], {"JAX_PLATFORMS": "gpu"}, "gpu")],
 )
-def test_the_platform(tmp_path, monkeypatch, nodes, environment, chosen):
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setitem(sys.modules, "jax", None)
-    monkeypatch.delitem(sys.modules, "jax")
+def test_the_platform(tmp_path, nodes, environment, chosen):
     for node in nodes:
         (tmp_path / node).touch()
     accelerators.settle_platform(environment, tmp_path)
@@ -31,6 +37,7 @@ def test_nothing_is_said_of_plugins_without_devices(monkeypatch):
     assert (done.stdout, done.stderr) == ("cpu\n", "")
 
 
+@pytest.mark.usefixtures("before_jax")
 @pytest.mark.parametrize(
     ("nodes", "environment", "chosen"),
     [
@@ -40,10 +47,7 @@ def test_nothing_is_said_of_plugins_without_devices(monkeypatch):
         (["nvidia0"], {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": "/c"}, None),
     ],
 )
-def test_what_is_compiled_for_an_accelerator_is_kept(tmp_path, monkeypatch, nodes, environment, chosen):
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setitem(sys.modules, "jax", None)
-    monkeypatch.delitem(sys.modules, "jax")
+def test_what_is_compiled_for_an_accelerator_is_kept(tmp_path, nodes, environment, chosen):
     for node in nodes:
         (tmp_path / node).touch()
     accelerators.keep_compiled(environment, tmp_path)

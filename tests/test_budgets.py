@@ -46,6 +46,7 @@ def test_a_head_costs_what_its_error_makes_of_the_loss():
     assert found.kept == [0, 2, 8, 32, 128]
     assert sum(told) == 6
     segments = jnp.asarray(text.segment_ids)
+    attend = jax.jit(lambda mixer, *inputs: mixer(*inputs, segment_ids=segments))
     for layer in range(3):
 
         def run(extra, layer=layer):
@@ -65,7 +66,7 @@ def test_a_head_costs_what_its_error_makes_of_the_loss():
         for n, kept in enumerate(found.kept):
             alone = dataclasses.replace(SWITCHES, memory="none", kept=kept)
             mixer = mixer_of(dataclasses.replace(SHAPE, attention=alone), layer, rngs=nnx.Rngs(0))
-            cost = ((mixer(normed, *qkv, segment_ids=segments) - whole) * slope).reshape(2, 70, 2, -1).sum(-1)
+            cost = ((attend(mixer, normed, *qkv) - whole) * slope).reshape(2, 70, 2, -1).sum(-1)
             want = 0.5 * np.square(cost).sum((0, 1)) / float(text.loss_mask.sum())
             np.testing.assert_allclose(found.array[layer, :, n], want, rtol=2e-3, atol=1e-9)
     assert (found.array[..., 0] > found.array[..., 3]).all()
@@ -100,7 +101,7 @@ def test_no_other_split_of_as_many_bytes_costs_less(seed):
         sum(curves.array[layer, head, n] for (layer, head), n in zip(heads, split, strict=True)) for split in splits
     ]
     bytes_ = [bare + sum(prices[n] for n in split) for split in splits]
-    for limit in range(bare, bare + 6 * prices[2], 97):
+    for limit in range(bare, bare + 6 * prices[2], 211):
         found = spend(curves, Size(limit, 64), SHAPE, SWITCHES)
         assert found.bytes <= limit
         config = dataclasses.replace(SHAPE, attention=found.switches)
@@ -123,7 +124,7 @@ def test_heads_that_keep_all_cost_their_cache_and_get_no_pairs():
     [
         ("16MiB", Size(2**24, 512)),
         ("1000", Size(1000, 512)),
-        ("1.5 kb@40", Size(1500, 40)),
+        ("1.5KB@40", Size(1500, 40)),
         ("0.5GiB@8", Size(2**29, 8)),
     ],
 )
@@ -138,7 +139,7 @@ def test_a_size_in_tokens_is_that_of_a_plain_window():
 
 @pytest.mark.parametrize("text", ["", "much", "-1MiB", "0", "3 apples", "0tokens", "1e9MiB", "16MiB@0", "nanMiB"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(UserError, match=r"give a size as 16MiB|a window has 1 to"):
+    with pytest.raises(UserError, match="give a size as 16MiB"):
         size(text, SHAPE, SWITCHES)
 
 
@@ -199,5 +200,7 @@ def test_a_teacher_that_is_not_finite_is_named():
     model = teacher()
     model.layers[1].attention.v_proj.kernel[...] = jnp.full_like(model.layers[1].attention.v_proj.kernel[...], jnp.nan)
     assert isinstance(model.layers[1].attention.mixer, SoftmaxMixer)
-    with pytest.raises(UserError, match="not finite in layer 0"):
+    with pytest.raises(
+        UserError, match="for the teacher's layers/1/attention/v_proj/kernel holds NaN or infinity; its weights"
+    ):
         measure(model, [batch(20)], SWITCHES)

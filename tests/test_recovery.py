@@ -36,7 +36,7 @@ def test_rows_before_training(call, tmp_path, capsys):
     assert list(rows) == [
         "teacher", "lizard, no training", "lizard, a quarter of the features, no training",
         "lizard, kept pairs, no training", "window and kept pairs, no training", "window, no training",
-        "window, equal bytes, no training",
+        "window, equal bytes, no training", "lizard, pairs by head, no training", "window, pairs by head, no training",
     ]  # fmt: skip
     last = {name: row["scores"]["256"]["losses"][-1] for name, row in rows.items()}
     assert last["teacher"] < last["lizard, no training"] <= last["window, no training"]
@@ -45,7 +45,7 @@ def test_rows_before_training(call, tmp_path, capsys):
     assert max(first) - min(first) < 0.1
     ours = rows["lizard, no training"]["bytes"]["256"]
     others = "window, equal bytes", "lizard, a quarter of the features", "lizard, kept pairs", "window and kept pairs"
-    for name in others:
+    for name in (*others, "lizard, pairs by head", "window, pairs by head"):
         assert abs(rows[f"{name}, no training"]["bytes"]["256"] / ours - 1) < 0.02, name
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
     assert "| lizard, no training |" in (tmp_path / "table.md").read_text()

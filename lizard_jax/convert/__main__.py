@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from lizard_jax.errors import UserError
 from lizard_jax.program import ended, program
 
 if TYPE_CHECKING:
@@ -150,8 +151,6 @@ def linearize(
 
     refuse_existing(dst)
     if state_bytes and kept:
-        from lizard_jax.errors import UserError
-
         raise UserError("--state-bytes says what is kept; leave out --kept")
     given = config.preset(preset)
     more: dict[str, int] = {"feature_half": feature_half} if feature_half else {}

@@ -105,6 +105,11 @@ class Loader:
             parts.append(self._cut(stream, order[places[epochs == epoch]]))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
+    def first(self, tokens: int) -> list[Batch]:
+        """The first batches that hold so many tokens, at least one: what settings are measured on before training."""
+        count = max(1, -(-tokens // (self.config.batch_size * self.config.sequence_length)))
+        return [self.batch(step) for step in range(count)]
+
     def held_out(self) -> list[Batch]:
         """The validation batches, ``[B / process_count, T]`` each and the same at every call.
 

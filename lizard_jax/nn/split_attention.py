@@ -114,11 +114,9 @@ class SplitMixer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T N H"]:
         """The head outputs before o_proj, in q's dtype; 0 for padding (segment 0)."""
-        mixers: list[SoftmaxMixer | LizardMixer] = list(self.linearized)
-        if self.whole is not None:
-            # Where no text outgrows the ring, exact heads are plain softmax, which has a quicker form of its own.
-            fits = self.ring is None or q.shape[1] <= self.ring.switches.window
-            mixers.append(self.whole if fits or self.ring is None else self.ring)
+        # Where no text outgrows the ring, exact heads are plain softmax, which has a quicker form of its own.
+        long = self.whole if self.ring is None or q.shape[1] <= self.ring.switches.window else self.ring
+        mixers = [*self.linearized, *([] if long is None else [long])]
         return self._together(
             [mixer(x, *self.part(i, q, k, v), segment_ids=segment_ids) for i, mixer in enumerate(mixers)]
         )

@@ -9,7 +9,7 @@ makes small.
 
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from lizard_jax import sharding
@@ -34,6 +34,7 @@ from lizard_jax.errors import UserError
 from lizard_jax.losses import cross_entropy
 from lizard_jax.models import Llama, build
 from lizard_jax.models.llama import Block
+from lizard_jax.nn.finite import not_finite
 from lizard_jax.nn.lizard_attention import LizardMixer
 from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
@@ -44,11 +45,10 @@ from pallas_kernels import partition
 SHARES = (0.0, 0.25, 1.0, 4.0, 16.0)
 """Kept pairs that a head may have, in windows; finer steps gain nothing (docs/recipe.md)."""
 TOKENS = 8192
-"""Tokens of text that curves are measured on, at least one batch."""
+"""Tokens of text that curves are measured on."""
 LENGTH = 8192
 """Tokens at which a growing cache is counted where nothing is said."""
-SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)\s*([a-zA-Z]*)(?:@(\d{1,8}))?")
-UNITS = {"tokens": 0, "": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+SIZE = re.compile(r"([^@]+?)(?:@(\d{1,8}))?")
 FORMAT = 1
 
 
@@ -80,16 +80,14 @@ def measure(
     batches: Sequence[Batch],
     switches: LizardConfig,
     *,
-    place: Callable[[Any], Any] = lambda batch: batch,
     tick: Tick = silent,
 ) -> Curves:
     """The curves of every key head.
 
     Args:
         teacher: with softmax attention.
-        batches: text, of one shape, longer than the window.
+        batches: text, of one shape, longer than the window, on the devices that the teacher lies on.
         switches: of the student; its window and meta memory count, not its memory.
-        place: puts a batch on the devices that the model lies on.
         tick: called after each layer of each batch with 1.
 
     Raises:
@@ -109,9 +107,8 @@ def measure(
     slopes_of = jax.jit(lambda *args: _slopes(*args))
     costs = jax.jit(lambda *args, **kinds: _costs(*args, **kinds), static_argnames=("student", "config", "layer"))
     for batch in batches:
-        own = place(batch)
         inputs, targets, segments, mask = (
-            jnp.asarray(a) for a in (own.inputs, own.targets, own.segment_ids, own.loss_mask)
+            jnp.asarray(a) for a in (batch.inputs, batch.targets, batch.segment_ids, batch.loss_mask)
         )
         slopes = jax.block_until_ready(slopes_of(teacher, inputs, targets, segments, mask))
         x = following = jax.block_until_ready(teacher.embed(inputs))
@@ -129,8 +126,11 @@ def measure(
         count += float(sharding.on_host(mask.sum()))
     errors = total / max(count, 1.0)
     if not np.isfinite(errors).all():
-        layer = int(np.argwhere(~np.isfinite(errors))[0][0])
-        raise UserError(f"the teacher's outputs are not finite in layer {layer}, so no budget can be split")
+        path = not_finite(teacher)
+        cause = f"for the teacher's {path} holds NaN or infinity; its weights are damaged" if path else (
+            "though the teacher's weights are finite; try --dtype float32"
+        )  # fmt: skip
+        raise UserError(f"no budget can be split: errors of heads are not finite, {cause}")
     return Curves(window=window, kept=options, errors=errors.tolist())
 
 
@@ -200,18 +200,18 @@ def size(text: str, config: ModelConfig, switches: LizardConfig) -> Size:
         UserError: it is no size.
     """
     match = SIZE.fullmatch(text.strip())
-    if match is None or match[2].lower() not in UNITS or float(match[1]) <= 0 or int(match[3] or 1) < 1:
-        raise UserError(
-            f"--state-bytes {text}: give a size as 16MiB, or a window of equal bytes as 258tokens, and if exact heads "
-            "are to be counted at a length of their own, that as 16MiB@32768"
-        )
-    length = int(match[3] or min(LENGTH, config.max_positions))
-    if match[2].lower() != "tokens":
-        return Size(round(float(match[1]) * UNITS[match[2].lower()]), length)
-    if not 1 <= float(match[1]) <= 2**24:
-        raise UserError(f"--state-bytes {text}: a window has 1 to {2**24} tokens")
-    alone = plain(switches, window=round(float(match[1])))
-    return Size(state_bytes(replace(config, attention=alone), length), length)
+    length = int(match[2] or min(LENGTH, config.max_positions)) if match else 0
+    tokens = re.fullmatch(r"(\d{1,8}) ?tokens?", match[1]) if match else None
+    if tokens and 1 <= int(tokens[1]) <= 2**24 and length:
+        alone = plain(switches, window=int(tokens[1]))
+        return Size(state_bytes(replace(config, attention=alone), length), length)
+    with contextlib.suppress(ValidationError):
+        if match and length and (found := int(TypeAdapter(ByteSize).validate_python(match[1]))) > 0:
+            return Size(found, length)
+    raise UserError(
+        f"--state-bytes {text}: give a size as 16MiB, or a window of equal bytes as 258tokens, and if exact heads are "
+        "to be counted at a length of their own, that as 16MiB@32768"
+    )
 
 
 def plain(switches: LizardConfig, **more: Any) -> LizardConfig:
@@ -335,17 +335,14 @@ def automatic(
     """
     teacher = load_hf(source, dtype=dtype, mesh=mesh)
     loader = Loader(data, load_tokenizer(source), vocab_size=teacher.config.vocab_size)
-    batches = [loader.batch(step) for step in range(max(1, -(-TOKENS // (data.batch_size * data.sequence_length))))]
-    place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
-    over = contextlib.nullcontext()
+    batches, over = loader.first(TOKENS), contextlib.nullcontext()
     if mesh is not None:
-        where = sharding.batch_sharding(mesh)
-        place = lambda batch: sharding.put(batch, jax.tree.map(lambda _: where, batch))  # noqa: E731
+        batches = [sharding.put_batch(batch, mesh) for batch in batches]
         over = partition.over(sharding.kernel_partition(mesh))
     total = len(batches) * teacher.config.num_layers
     quiet = None if jax.process_index() == 0 else True
     with over, tqdm(total=total, desc="measuring key heads", unit=" layers", disable=quiet, leave=False) as bar:
-        return measure(teacher, batches, switches, place=place, tick=bar.update)
+        return measure(teacher, batches, switches, tick=bar.update)
 
 
 def read(file: str | Path) -> Curves:

@@ -12,7 +12,7 @@ from lizard_jax.data.loader import Loader
 from lizard_jax.data.text import load_tokenizer
 from lizard_jax.errors import UserError
 from lizard_jax.models.llama import Llama
-from lizard_jax.train.start import Start, batches_needed, measure_start, measures
+from lizard_jax.train.start import TOKENS, Start, measure_start, measures
 
 
 def linearize(
@@ -43,5 +43,4 @@ def linearize(
             "memory to measure; give a longer --sequence-length or a smaller --window"
         )
     loader = Loader(data, load_tokenizer(directory), vocab_size=model.config.vocab_size)
-    count = batches_needed(data.batch_size, data.sequence_length)
-    return model, measure_start(model, [loader.batch(step) for step in range(count)])
+    return model, measure_start(model, loader.first(TOKENS))

@@ -141,8 +141,7 @@ class Trainer:
             self._clock = time.monotonic()
 
     def _placed(self, batch: Any) -> Any:
-        where = sharding.batch_sharding(self.mesh)
-        return sharding.put(batch, jax.tree.map(lambda _: where, batch))
+        return sharding.put_batch(batch, self.mesh)
 
     def _record(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Read a step's metrics, refuse what is not finite, and write them down."""

@@ -305,7 +305,7 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
         print(note, file=sys.stderr, flush=True)
     model = start_model(config, source, mesh)
     if config.stage == 1 and start.measures(config.attention) and not checkpoint.has_checkpoint(place):
-        found = measured(config, model, loader, mesh)
+        found = measured(model, loader, mesh)
         if jax.process_index() == 0:
             print(found.summary(), file=sys.stderr, flush=True)
 
@@ -345,16 +345,11 @@ def short_text(config: RunConfig, loader: Loader) -> str | None:
     )
 
 
-def measured(config: RunConfig, model: Llama, loader: Loader, mesh: Mesh) -> start.Start:
+def measured(model: Llama, loader: Loader, mesh: Mesh) -> start.Start:
     """The model's gates and β, in place, where the first of its training text says (``train/start.py``)."""
-    where = sharding.batch_sharding(mesh)
-    count = start.batches_needed(config.data.batch_size, config.data.sequence_length)
+    batches = [sharding.put_batch(batch, mesh) for batch in loader.first(start.TOKENS)]
     with partition.over(sharding.kernel_partition(mesh)):
-        return start.measure_start(
-            model,
-            [loader.batch(step) for step in range(count)],
-            lambda batch: sharding.put(batch, jax.tree.map(lambda _: where, batch)),
-        )
+        return start.measure_start(model, batches)
 
 
 def _shape_of(config: RunConfig, source: Path) -> ModelConfig:

@@ -6,7 +6,7 @@ head outputs come closest to the teacher's. The least share is next to none, so 
 leaves the student its window. No gradient, no step: a *training-free student*.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ AGES = (0.5, 2.0, 8.0, 64.0)
 SHARES = (0.001, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.7)
 """Candidates for a memory's share of a query's softmax (at the mean of its log-odds)."""
 TOKENS = 8192
-"""Tokens of text that start values are measured on, at least one batch."""
+"""Tokens of text that start values are measured on."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,15 @@ def measures(switches: LizardConfig | None) -> bool:
     )
 
 
-def batches_needed(batch_size: int, length: int) -> int:
-    """Batches that hold ``TOKENS`` tokens."""
-    return max(1, -(-TOKENS // (batch_size * length)))
-
-
-def measure_start(model: Llama, batches: Sequence[Batch], place: Callable[[Any], Any] = lambda batch: batch) -> Start:
+def measure_start(model: Llama, batches: Sequence[Batch]) -> Start:
     """Sets the gates' biases and β of every Lizard layer, in place, and says what was chosen.
 
     Args:
         model: the teacher's weights with new modules; ``measures(model.config.attention)`` must hold.
-        batches: text, of one shape.
-        place: puts a batch on the devices that the model lies on.
+        batches: text, of one shape, on the devices that the model lies on.
     """
-    segments = [jnp.asarray(place(batch).segment_ids) for batch in batches]
-    hidden = [jax.block_until_ready(model.embed(jnp.asarray(place(batch).inputs))) for batch in batches]
+    segments = [jnp.asarray(batch.segment_ids) for batch in batches]
+    hidden = [jax.block_until_ready(model.embed(jnp.asarray(batch.inputs))) for batch in batches]
     # Functions of this call alone: what is traced depends on the mesh that kernels are split over.
     probe, teach = jax.jit(lambda *args: _probe(*args)), jax.jit(lambda *args: _teach(*args))
     rows = []
@@ -132,8 +126,8 @@ def _teach(
 def _layer(chosen: Sequence["_Chosen"]) -> tuple[np.ndarray, np.ndarray, float, float]:
     """A layer's row of ``Start``, of the classes of its heads."""
     power = max(sum(one.power for one in chosen), float(np.finfo(np.float32).tiny))
-    error, window = (sum(getattr(one, name) for one in chosen) / power for name in ("error", "window"))
-    return *(np.concatenate([getattr(one, name) for one in chosen]) for name in ("age", "share")), error, window  # type: ignore[return-value]
+    ages, shares = np.concatenate([one.age for one in chosen]), np.concatenate([one.share for one in chosen])
+    return ages, shares, sum(one.error for one in chosen) / power, sum(one.window for one in chosen) / power
 
 
 def _stacked(column: Sequence[Any]) -> np.ndarray:

@@ -67,11 +67,12 @@ def test_heads_with_budgets_of_their_own_are_mixers_of_their_own(more):
     assert mixer.kv_heads == (((0,), (2,), (1,)) if more else ((1,), (0,), (2,)))
     x, q, k, v = inputs(61)
     segments = jnp.asarray(packed(2, 61))
-    got = jax.jit(lambda m, *a: m(*a, segment_ids=segments))(mixer, x, q, k, v)
+    run = jax.jit(lambda m, *a: m(*a, segment_ids=segments))
+    got = run(mixer, x, q, k, v)
     for number, (kept, window) in enumerate(((0, 8), (5, 12)) if more else ((3, 8), (0, 8), (5, 12))):
         part, heads = mixer.linearized[number], mixer.q_heads[number]
         assert (part.switches.kept, part.switches.window, part.switches.budgets) == (kept, window, ())
-        own = part(x, *mixer.part(number, q, k, v), segment_ids=segments)
+        own = run(part, x, *mixer.part(number, q, k, v))
         assert relative_error(got[:, :, np.asarray(heads)], own) < 1e-5
     assert (mixer.long is None) == (not more)
 

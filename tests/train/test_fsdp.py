@@ -18,8 +18,7 @@ from tests.train.tiny import RandomBatches, make_model, mesh_of, run_config
 
 
 def _placed(batch, mesh):
-    where = sharding.batch_sharding(mesh)
-    return sharding.put(batch, jax.tree.map(lambda _: where, batch))
+    return sharding.put_batch(batch, mesh)
 
 
 def _host(tree):
