@@ -6,8 +6,8 @@
 Families of students of one teacher, each at several sizes, named by the tokens of a window of equal bytes: a window
 alone, a window of ``--window`` with as many kept pairs for every key head, with as many as each head needs (by
 ``--curves``), the same beside exact heads that see ``--reach`` tokens (by ``--heads``), and whole layers that keep
-softmax attention (those that need most, by the curves). Nothing is trained, and nothing here was seen by curves or
-ranking.
+softmax attention (those that need most, by the curves). None of these is trained, and nothing here was seen by curves
+or ranking. Trained students join by ``--students NAME=DIR``: a stage directory, a Flax or an HF directory each.
 
 Loss is in nats of the second half of ``--lengths`` tokens: in the beginnings of articles of ``--wiki``, and where those
 are too short in stretches of the last document of ``--book``. A needle is a string of five tokens told once in that
@@ -21,6 +21,8 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ import matplotlib as mpl
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.recovery import pairs_worth, score_texts
+import lizard_jax
+from benchmarks.equal_bytes import LONGEST, pairs_worth
+from benchmarks.recovery import score_texts
 from lizard_jax.atomic import write_atomic
 from lizard_jax.config import LizardConfig, ModelConfig
 from lizard_jax.convert.files import read_json
@@ -58,8 +62,6 @@ SIZES = {
     "exact layers": (1024,),
 }
 """Tokens of a window of equal bytes, by family; a share of the key heads keeps ``--reach`` tokens."""
-SIZED_AT = 8192
-"""Tokens at which growing caches count."""
 LONG_SEED = 4
 """Of the needles, other than any that ranked."""
 
@@ -71,15 +73,15 @@ def student(told: argparse.Namespace, config: ModelConfig, family: str, tokens: 
         UserError: not even the family's least fits.
     """
     near = LizardConfig(memory="none", window=told.window)
-    limit = budgets.size(f"{tokens}tokens@{SIZED_AT}", config, near)
+    limit = budgets.size(f"{tokens}tokens@{LONGEST}", config, near)
     if family == "window":
         return dataclasses.replace(near, window=tokens)
     if family == "pairs alike":
         return dataclasses.replace(near, kept=pairs_worth(tokens, told.window, config.head_dim))
     curves = budgets.read(told.curves)
     if family == "exact layers":
-        cache = 4 * config.head_dim * config.kv_heads * SIZED_AT
-        least = budgets.state_bytes(dataclasses.replace(config, attention=near), SIZED_AT)
+        cache = 4 * config.head_dim * config.kv_heads * LONGEST
+        least = budgets.state_bytes(dataclasses.replace(config, attention=near), LONGEST)
         count = int((limit.bytes - least) // (cache - least // config.num_layers))
         need = curves.array[..., 0].sum(axis=1)
         return dataclasses.replace(near, softmax_layers=tuple(sorted(map(int, np.argsort(-need)[:count]))))
@@ -122,52 +124,65 @@ def run(told: argparse.Namespace) -> int:
     measure = Measure(
         load_tokenizer(told.teacher), sentences(told.book.read_text(encoding="utf-8").split("<|endoftext|>")[-1])
     )
-    cases: list[tuple[str, int, LizardConfig | None]] = [("teacher", SIZED_AT, None)]
+    cases: dict[str, tuple[str, Callable[[], Llama]]] = {
+        "teacher": ("teacher", partial(load_hf, told.teacher, dtype="float32"))
+    }
     for family, sizes in SIZES.items():
-        cases += [(family, tokens, student(told, config, family, tokens)) for tokens in sizes]
-    names = ("window", "reach", "lengths", "texts", "needles")
+        for tokens in sizes:
+            switches = student(told, config, family, tokens)
+            make_one = partial(load_hf, told.teacher, attention=switches, dtype="float32")
+            cases[f"{family}, {tokens:,}"] = (family, make_one)
+    for text in told.students:
+        name, _, place = text.partition("=")
+        if not place:
+            raise UserError(f"--students {text}: give NAME=DIR")
+        cases[name] = ("trained", partial(lizard_jax.load, place))
+    names = ("window", "reach", "texts", "needles")
     settings = {name: getattr(told, name) for name in names}
     file = told.table.with_suffix(".json")
     old = json.loads(file.read_text()) if file.is_file() else {}
     rows: dict[str, Any] = old["rows"] if old.get("settings") == settings else {}
     scored = {length: texts(told, length) for length in told.lengths}
     hidden = {length: make(measure, length, told.needles, seed=LONG_SEED) for length in told.lengths}
-    for family, tokens, switches in tqdm(cases, unit="row", disable=None):
-        name = family if switches is None else f"{family}, {tokens:,}"
-        if name in rows:
+    for name, (family, make_one) in tqdm(cases.items(), unit="row", disable=None):
+        missing = [n for n in told.lengths if str(n) not in rows.get(name, {}).get("scores", {})]
+        if not missing or (told.rows and name not in (*told.rows, "teacher")):
             continue
-        model = load_hf(told.teacher, attention=switches, dtype="float32")
-        size = budgets.state_bytes(dataclasses.replace(config, attention=switches), SIZED_AT)
-        rows[name] = {"family": family, "bytes": size, "scores": {}}
-        for length in told.lengths:
-            rows[name]["scores"][str(length)] = scores(model, scored[length], hidden[length])
-        print(name, json.dumps(rows[name]), flush=True)
-        write_atomic(file, json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+        model = make_one()
+        row = rows.setdefault(name, {"family": family, "bytes": 0, "scores": {}})
+        row["bytes"] = budgets.state_bytes(model.config, LONGEST)
+        for length in missing:
+            row["scores"][str(length)] = scores(model, scored[length], hidden[length])
+            print(name, length, json.dumps(row["scores"][str(length)]), flush=True)
+            write_atomic(file, json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     show(told, rows)
     return 0
 
 
 def show(told: argparse.Namespace, rows: dict[str, Any]) -> None:
     """The table as Markdown, and as a picture."""
-    whole = rows["teacher"]["bytes"]
-    heads = [f"loss at {length:,}" for length in told.lengths] + [f"needles at {length:,}" for length in told.lengths]
-    lines = [f"| | MiB at {SIZED_AT:,} | of the cache | " + " | ".join(heads) + " |"]
+    whole, lengths = rows["teacher"]["bytes"], sorted(map(int, rows["teacher"]["scores"]))
+    heads = [f"loss at {length:,}" for length in lengths] + [f"needles at {length:,}" for length in lengths]
+    lines = [f"| | MiB at {LONGEST:,} | of the cache | " + " | ".join(heads) + " |"]
     lines += ["|---|---:|---:|" + "---:|" * len(heads)]
     for name, row in rows.items():
-        found = [row["scores"][str(length)] for length in told.lengths]
-        cells = [f"{one['loss']:.3f}" for one in found] + [f"{one['needles']:.0%}" for one in found]
+        found = [row["scores"].get(str(length)) for length in lengths]
+        cells = [f"{one['loss']:.3f}" if one else "" for one in found]
+        cells += [f"{one['needles']:.0%}" if one else "" for one in found]
         size = row["bytes"]
         lines.append(f"| {name} | {size / 2**20:.2f} | {size / whole:.1%} | " + " | ".join(cells) + " |")
     write_atomic(told.table.with_suffix(".md"), "\n".join(lines) + "\n")
     print("\n".join(lines))
-    figure, axes = plt.subplots(2, len(told.lengths), figsize=(11, 6.5), layout="constrained", squeeze=False)
-    for column, length in enumerate(told.lengths):
+    figure, axes = plt.subplots(2, len(lengths), figsize=(11, 6.5), layout="constrained", squeeze=False)
+    for column, length in enumerate(lengths):
         for line, part in enumerate(("loss", "needles")):
             axis = axes[line][column]
-            for family in SIZES:
-                own = sorted((row for row in rows.values() if row["family"] == family), key=lambda row: row["bytes"])
+            for family in (*SIZES, "trained"):
+                own = [row for row in rows.values() if row["family"] == family and str(length) in row["scores"]]
+                own.sort(key=lambda row: row["bytes"])
+                style = "*" if family == "trained" else "o-"
                 axis.plot(
-                    [row["bytes"] / 2**20 for row in own], [row["scores"][str(length)][part] for row in own], "o-",
+                    [row["bytes"] / 2**20 for row in own], [row["scores"][str(length)][part] for row in own], style,
                     label=family,
                 )  # fmt: skip
             axis.axhline(rows["teacher"]["scores"][str(length)][part], color="k", linestyle="--", label="teacher")
@@ -190,6 +205,8 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096], help="default %(default)s")
     parser.add_argument("--texts", type=int, default=4, help="most texts of a length (default %(default)s)")
     parser.add_argument("--needles", type=int, default=4, help="needles of a length (default %(default)s)")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="these rows alone, and the teacher")
+    parser.add_argument("--students", nargs="+", default=[], metavar="NAME=DIR", help="trained students beside them")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "frontier", help="the table, less suffix")
     told = parser.parse_args()
     return ended(lambda: run(told), interrupted="interrupted; the rows so far are kept")

@@ -42,24 +42,19 @@ import numpy as np
 from tqdm import tqdm
 
 import lizard_jax
+from benchmarks.equal_bytes import state_bytes, students
+from benchmarks.recovery_tasks import done
 from lizard_jax.atomic import write_atomic
 from lizard_jax.cli import load_recipe
 from lizard_jax.config import DataConfig, LizardConfig, preset
-from lizard_jax.convert.files import read_json
-from lizard_jax.convert.hf_config import model_config
 from lizard_jax.convert.load import load_hf
-from lizard_jax.data.haystack import Measure, sentences
-from lizard_jax.data.passkey import PasskeySet
 from lizard_jax.data.records import documents
-from lizard_jax.data.text import affixes, load_tokenizer
+from lizard_jax.data.text import load_tokenizer
 from lizard_jax.errors import UserError
-from lizard_jax.eval import passkey, recall, retrieval
 from lizard_jax.eval.perplexity import by_slices, token_losses
-from lizard_jax.generate.prompts import end_tokens
 from lizard_jax.models import Llama
 from lizard_jax.program import ended
-from lizard_jax.select import budgets
-from lizard_jax.select.budgets import Curves, Size, automatic, read, spend
+from lizard_jax.select.budgets import Curves, automatic, read
 from lizard_jax.select.choice import resolved
 from lizard_jax.train.linearize import linearize
 
@@ -76,54 +71,6 @@ WHENS = ("no training", "stage 1", "stage 2")
 
 
 # ------------------------------------------------------------------------------------------------- what is compared
-
-
-def students(
-    window: int, teacher: Path, heads: tuple[str, ...] = (), curves: Curves | None = None
-) -> dict[str, LizardConfig]:
-    """By name, the attention of each row."""
-    ours = dataclasses.replace(preset("lizard"), window=window)
-    shape = model_config(read_json(teacher / "config.json"))
-    half = ours.feature_half or shape.head_dim
-
-    def worth(half: int) -> int:
-        """A state head's F (H + 1) fp32 numbers, in tokens of one key head's k and v in bf16."""
-        return 2 * half * (shape.head_dim + 1) * 4 // (2 * shape.head_dim * 2)
-
-    wider, quarter = window + worth(half), half // 4
-    narrow = dataclasses.replace(ours, feature_half=quarter, window=wider - worth(quarter))
-    count = pairs_worth(wider - worth(quarter), window, shape.head_dim)
-    pairs = dataclasses.replace(ours, feature_half=quarter, kept=count)
-    alone = dataclasses.replace(ours, memory="none", kept=pairs_worth(wider, window, shape.head_dim))
-    out = {
-        "lizard": ours,
-        "lizard, a quarter of the features": narrow,
-        "lizard, kept pairs": pairs,
-        "window and kept pairs": alone,
-        "window": dataclasses.replace(ours, memory="none"),
-        "window, equal bytes": dataclasses.replace(ours, memory="none", window=wider),
-    }
-    if curves is not None:
-        # The same bytes once more, in as many pairs for each key head as it needs.
-        limit = Size(state_bytes(teacher, out["window, equal bytes"], max(BUCKETS)), max(BUCKETS))
-        for name, switches in (("lizard, pairs by head", pairs), ("window, pairs by head", alone)):
-            out[name] = spend(curves, limit, shape, switches).switches
-    if heads:
-        out["lizard, kept pairs, exact heads"] = dataclasses.replace(pairs, softmax_heads=heads)
-        out["window, exact heads"] = dataclasses.replace(ours, memory="none", softmax_heads=heads)
-    return out
-
-
-def pairs_worth(tokens: int, window: int, head_dim: int) -> int:
-    """Kept pairs that cost as much as ``tokens`` of a window, beside a window of ``window``: keys and values in bf16,
-    and the numbers that decide about them."""
-    pair = 2 * head_dim * 2
-    return (tokens * pair - window * (pair + 4)) // (pair + 8)
-
-
-def state_bytes(teacher: Path, attention: LizardConfig | None, length: int) -> int:
-    """Bytes of one sequence's decode state with bf16 keys and values, after ``length`` tokens."""
-    return budgets.state_bytes(model_config(read_json(teacher / "config.json"), attention=attention), length)
 
 
 def needs(told: argparse.Namespace, text: Path) -> Curves:
@@ -243,104 +190,6 @@ def losses(model: Llama, rows: np.ndarray) -> np.ndarray:
         return by_slices(model, lambda h, t: token_losses(model.logits(h), t), hidden, row[:, 1:])[0]
 
     return np.stack([np.asarray(one(model, jnp.asarray(row[None]))) for row in tqdm(rows, unit="text", leave=False)])
-
-
-ASKED = (
-    "Explain in two sentences why the sky is blue.",
-    "Write a short poem about a lighthouse.",
-    "Give me three tips for learning to cook.",
-    "My name is Olga and I have two dogs, Rex and Fido. Greet me and ask about my dogs by name.",
-)
-QUERIES = 4
-"""Pairs of random tokens in a text of the recall."""
-
-
-def hellaswag(told: argparse.Namespace, model: Llama, tokenizer: Any) -> dict[str, float]:
-    """Accuracy by the likelihood of an ending, and by the same per character, in percent."""
-    from benchmarks.local_tasks import CHOICES, questions
-    from benchmarks.local_tasks import write as write_tasks
-    from lizard_jax.eval import harness
-    from lizard_jax.eval._lm import LizardLM
-
-    place = told.out / "tasks"
-    place.mkdir(exist_ok=True)
-    write_tasks(place, "hellaswag", questions(told.hellaswag), {"hellaswag_local": CHOICES})
-    chosen = harness.load_tasks(["hellaswag_local"], task_path=str(place))
-    found = harness.evaluate(LizardLM(model, tokenizer, batch_size=16), chosen, limit=told.questions)
-    scores = found["results"]["hellaswag_local"]
-    return {name: 100 * scores[f"{name},none"] for name in ("acc", "acc_norm")}
-
-
-def book(told: argparse.Namespace) -> str:
-    """The last document of ``--book``."""
-    return told.book.read_text(encoding="utf-8").split("<|endoftext|>")[-1]
-
-
-def passkeys(told: argparse.Namespace, model: Llama, tokenizer: Any, keys: int) -> dict[str, float]:
-    """By length, the percentage of passkeys told right, one depth after the other."""
-    ruler = Measure(tokenizer, sentences(book(told)))
-    # A lone passkey is asked for as a sentence to end: a small model that chats may say much before it.
-    form = "chat" if tokenizer.chat_template and keys > 1 else "plain"
-    sets = [PasskeySet(ruler, length, keys, (5, 5), form, depths=told.samples) for length in told.lengths]
-    result = passkey.measure(model, sets, samples=1, batch=1, eos=end_tokens(str(told.teacher), tokenizer))
-    by_length: dict[int, list[float]] = {}
-    for cell in result["cells"]:
-        by_length.setdefault(cell["length"], []).append(100 * cell["accuracy"])
-    return {str(length): float(np.mean(values)) for length, values in by_length.items()}
-
-
-def recalled(told: argparse.Namespace, model: Llama, tokenizer: Any) -> dict[str, float]:
-    """By length, the percentage of values that are the likeliest of those in the text."""
-    result = recall.measure(
-        model, affixes(tokenizer)[0], recall.ordinary(tokenizer), lengths=told.lengths, pairs=[QUERIES],
-        samples=told.samples, batch=1,
-    )  # fmt: skip
-    return {str(cell["length"]): 100 * cell["among_values"] for cell in result["cells"]}
-
-
-def answers(told: argparse.Namespace, model: Llama, tokenizer: Any) -> dict[str, str]:
-    """By question, the greedy answer."""
-    out = {}
-    for question in ASKED:
-        chat = [{"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        out[question] = retrieval.continuations(
-            model, tokenizer, [ids], [120], eos=end_tokens(str(told.teacher), tokenizer), batch=1
-        )[0]
-    return out
-
-
-def tasks(told: argparse.Namespace) -> dict[str, Callable[[Llama, Any], dict[str, Any]]]:
-    """By name, what was asked for beside the loss, as ``task(model, tokenizer)``."""
-    out: dict[str, Callable[[Llama, Any], dict[str, Any]]] = {}
-    if told.hellaswag:
-        out["hellaswag"] = lambda model, tokenizer: hellaswag(told, model, tokenizer)
-    if told.book:
-        out["needle"] = lambda model, tokenizer: passkeys(told, model, tokenizer, 1)
-        out["passkey"] = lambda model, tokenizer: passkeys(told, model, tokenizer, 5)
-        out["recall"] = lambda model, tokenizer: recalled(told, model, tokenizer)
-    if told.ask:
-        out["answers"] = lambda model, tokenizer: answers(told, model, tokenizer)
-    return out
-
-
-def done(told: argparse.Namespace, ready: Callable[[], Llama], where: Path) -> dict[str, dict[str, Any]]:
-    """What each task found, kept beside the losses with what it was asked with."""
-    found = {}
-    for name, task in tasks(told).items():
-        kept = where / f"{name}.json"
-        asked = {
-            "hellaswag": {"questions": told.questions},
-            "answers": {"asked": list(ASKED)},
-        }.get(name, {"lengths": told.lengths, "samples": told.samples})  # fmt: skip
-        old = json.loads(kept.read_text()) if kept.is_file() else {}
-        if old.get("asked") != asked:
-            old = {"asked": asked, "found": task(ready(), load_tokenizer(told.teacher))}
-            where.mkdir(parents=True, exist_ok=True)
-            write_atomic(kept, json.dumps(old) + "\n")
-        found[name] = old["found"]
-    return found
 
 
 def buckets(extent: int) -> list[tuple[int, int]]:

@@ -281,6 +281,29 @@ def test_no_file_from_elsewhere_is_carried_along(tmp_path):
     assert (tmp_path / "out" / "tokenizer.model").read_text() == "tokens"
 
 
+def test_files_of_today_are_carried_along(tmp_path):
+    there = ("additional_chat_templates/tools.jinja", "chat_template.json", "tekken.json", "USE_POLICY.md")
+    for name in there:
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_text(f"{{}} of {name}")
+    (tmp_path / "model" / "model.safetensors").write_text("no side file")
+    (tmp_path / "copy").mkdir()
+    carry(tmp_path / "model", tmp_path / "copy")
+    kept = {str(file.relative_to(tmp_path / "copy")): file.read_text() for file in (tmp_path / "copy").rglob("*.*")}
+    assert kept == {name: f"{{}} of {name}" for name in there}
+
+
+def test_a_tokenizers_own_code_is_not_run(tmp_path, monkeypatch):
+    ran = tmp_path / "ran"
+    (tmp_path / "odd.py").write_text(f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Odd: pass\n")
+    settings = {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["odd.Odd", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(UserError, match="no tokenizer that transformers can load"):
+        load_tokenizer(tmp_path)
+    assert not ran.exists()
+
+
 def test_a_missing_prefix_is_not_a_list_of_every_tensor(tmp_path):
     place = scripted(tmp_path / "model")
     tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(place / "model.safetensors").items()}

@@ -1,8 +1,9 @@
 """A model as a Flax directory: its parameters by Orbax, its config.json, tokenizer and licence beside them.
 
 ``params/`` is an Orbax checkpoint of a flat mapping from path to array. ``lizard_flax.json`` says what it holds: dtype
-and shape of every parameter, the adapters, and whether the HF original stored a tied head as a copy. Tensors of the
-original that no model reads (rotary buffers) wait in ``extra.safetensors``, so that a round trip loses nothing.
+and shape of every parameter, the adapters, whether the HF original stored a tied head as a copy, and the checksums of
+``params/``. Tensors of the original that no model reads (rotary buffers) wait in ``extra.safetensors``, so that a round
+trip loses nothing.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from lizard_jax import orbax_noise
+from lizard_jax.checksums import difference, sums
 from lizard_jax.config import LoraConfig
 from lizard_jax.convert.files import appearing, carry, disk_errors, locate, read_json, write_json
 from lizard_jax.convert.hf_config import lizard_config, model_config
@@ -51,7 +53,7 @@ def save_flax(model: Llama, dst: str | Path, *, source: str | Path) -> None:
     config = saved_config(model, origin)
     carried = carried_tensors(origin, model.config.tie_embeddings)
     arrays = {path: variable[...] for path, variable in parameters(model).items()}
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": 1,
         "parameters": {path: [array.dtype.name, list(array.shape)] for path, array in arrays.items()},
         "lora": None if model.lora is None else dataclasses.asdict(model.lora),
@@ -60,6 +62,7 @@ def save_flax(model: Llama, dst: str | Path, *, source: str | Path) -> None:
     with appearing(dst, size=sum(array.nbytes for array in arrays.values())) as directory:
         with disk_errors(dst), _checkpointer(arrays) as checkpointer:
             checkpointer.save((directory / PARAMS).absolute(), args=ocp.args.PyTreeSave(arrays))
+        manifest["sums"] = sums(directory / PARAMS)
         if carried.buffers:
             shapes = {name: stored(info) for name, info in carried.buffers.items()}
             write_file(directory / EXTRA, shapes, ((name, carried.read(name)) for name in shapes))
@@ -94,6 +97,8 @@ def load_flax(src: str | Path, *, mesh: Mesh | None = None) -> Llama:
         path: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=_sharding(path, tuple(shape), mesh))
         for path, (dtype, shape) in manifest["parameters"].items()
     }
+    if (damage := difference(directory / PARAMS, manifest.get("sums", {}))) is not None:
+        raise UserError(f"{directory / PARAMS} is damaged or incomplete: {damage}; convert it again")
     try:
         with orbax_noise.failing_quietly(), _checkpointer(shapes) as checkpointer:
             arrays = checkpointer.restore(

@@ -64,6 +64,7 @@ class _Manifest(BaseModel):
     parameters: dict[str, tuple[Literal["float64", "float32", "float16", "bfloat16"], list[int]]]
     lora: _Lora | None
     tied_copy: bool
+    sums: dict[str, str] = {}
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 ``STAGE/run.json`` says which settings, teacher and data the checkpoints belong to. ``STAGE/checkpoints/STEP`` are the
 latest few, with optimizer state; ``STAGE/best/STEP`` is the one with the lowest held-out loss, parameters only. Orbax
-writes each beside its place and renames it, so a checkpoint that exists is whole.
+writes each beside its place and renames it, so a checkpoint that exists is whole. ``STAGE/sums`` has the checksums of
+each: one that disk or network has damaged since is told, moved to ``STAGE/damaged``, and the one before it is used.
 """
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,9 +18,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lizard_jax import orbax_noise, sharding
+from lizard_jax.atomic import write_atomic
+from lizard_jax.checksums import difference, sums
 from lizard_jax.errors import UserError, disk_full
 from lizard_jax.nn.params import LoraParam, NewParam
 
@@ -50,6 +55,13 @@ class Checkpoints:
         self._dir = stage_dir
         self._latest = _manager(stage_dir / "checkpoints", keep)
         self._best = _manager(stage_dir / "best", 1)
+        # The first process looks at the files for all.
+        if jax.process_index() == 0:
+            for kind in ("checkpoints", "best"):
+                _set_damaged_aside(stage_dir, kind)
+        multihost_utils.sync_global_devices("checkpoints were looked through")
+        self._latest.reload()
+        self._best.reload()
 
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint, None where there is none."""
@@ -88,6 +100,21 @@ class Checkpoints:
             got = self._latest.restore(step, args=ocp.args.Composite(**items))
         return fill(params, got["params"]), fill(optimizer, got["optimizer"]), step
 
+    def seal(self) -> None:
+        """Write down the checksums of what has none yet, and forget those of what is gone."""
+        if jax.process_index() != 0:
+            return
+        for kind, manager in (("checkpoints", self._latest), ("best", self._best)):
+            steps = manager.all_steps()
+            for step in steps:
+                file = _sums_file(self._dir, kind, step)
+                if not file.is_file():
+                    file.parent.mkdir(exist_ok=True)
+                    write_atomic(file, json.dumps(sums(self._dir / kind / str(step)), indent=1) + "\n")
+            for file in (self._dir / "sums").glob(f"{kind}-*.json"):
+                if int(file.stem.rpartition("-")[2]) not in steps:
+                    file.unlink()
+
     def close(self) -> None:
         """Let go of Orbax's threads."""
         self._latest.close()
@@ -102,6 +129,7 @@ class Checkpoints:
         try:
             with orbax_noise.failing_quietly():
                 manager.save(step, args=ocp.args.Composite(**items))
+            self.seal()
         except Exception as error:
             _remove_unfinished(Path(manager.directory))
             if disk_full(error):
@@ -122,7 +150,9 @@ def restore_params(stage_dir: Path, params: Any, which: str = "best") -> tuple[A
         raise UserError(f"{stage_dir} holds no {which} checkpoint; train that stage first")
     wanted = named(params)
     orbax_noise.quiet()
-    step = max(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
+    if damage := damages(stage_dir, directory.name).get(max(_steps(directory))):
+        raise UserError(f"the {which} checkpoint in {stage_dir} is damaged: {damage}; train that stage again")
+    step = max(_steps(directory))
     with orbax_noise.failing_quietly(), ocp.PyTreeCheckpointer() as reader:
         place = directory.resolve() / str(step) / "params"
         shapes = {name: tuple(leaf.shape) for name, leaf in reader.metadata(place).item_metadata.items()}
@@ -145,6 +175,55 @@ def has_checkpoint(directory: Path) -> bool:
     """Whether a folder of checkpoints, or a stage directory, holds a whole one."""
     folders = (directory, directory / "checkpoints", directory / "best")
     return any(entry.name.isdigit() for folder in folders if folder.is_dir() for entry in folder.iterdir())
+
+
+def damages(stage_dir: Path, kind: str) -> dict[int, str]:
+    """By step, what is wrong with a stage's ``checkpoints`` or ``best`` by their checksums, where they have some."""
+    out = {}
+    for step in _steps(stage_dir / kind):
+        file = _sums_file(stage_dir, kind, step)
+        if file.is_file():
+            found = difference(stage_dir / kind / str(step), read_json(file))
+            if found is not None:
+                out[step] = found
+    return out
+
+
+def _set_damaged_aside(stage_dir: Path, kind: str) -> None:
+    """Moves damaged checkpoints out of the way and tells of them.
+
+    Raises:
+        UserError: there are checkpoints to go on from, and all of them are damaged.
+    """
+    found, steps = damages(stage_dir, kind), _steps(stage_dir / kind)
+    whole = sorted(steps - found.keys())
+    if found and kind == "checkpoints" and not whole:
+        told = "; ".join(f"step {step}: {damage}" for step, damage in found.items())
+        raise UserError(
+            f"every checkpoint in {stage_dir} is damaged ({told}); name another --out, or remove {stage_dir} and begin "
+            "again"
+        )
+    for step, damage in found.items():
+        aside = stage_dir / "damaged" / f"{kind}-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(exist_ok=True)
+        (stage_dir / kind / str(step)).replace(aside)
+        _sums_file(stage_dir, kind, step).unlink()
+        then = f"going on from step {whole[-1]}" if kind == "checkpoints" else "a better one is looked for from here on"
+        name = "best checkpoint" if kind == "best" else "checkpoint"
+        print(
+            f"warning: the {name} of step {step} is damaged ({damage}) and now lies in {aside}; {then}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+
+def _sums_file(stage_dir: Path, kind: str, step: int) -> Path:
+    return stage_dir / "sums" / f"{kind}-{step}.json"
+
+
+def _steps(directory: Path) -> set[int]:
+    """Steps of the whole checkpoints in a folder."""
+    return {int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()} if directory.is_dir() else set()
 
 
 def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:

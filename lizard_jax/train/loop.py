@@ -1,7 +1,7 @@
 """The training loop: steps, validations, checkpoints and signals, the same for every stage.
 
-Metrics are read one step behind, so that the host never waits for the step it has just sent off. Whatever is saved has
-been seen to be finite first.
+Metrics are read one step behind, so that the host never waits for the step it has just sent off. A step whose loss or
+gradient is not finite changes nothing (``step.py``), is told and counted; several in a row end the run.
 """
 
 import math
@@ -30,6 +30,8 @@ from lizard_jax.train.optim import Optimizer
 from lizard_jax.train.step import TrainState, eval_step, place, train_step
 
 VALIDATIONS = 10
+PATIENCE = 3
+"""Steps in a row whose loss or gradient may be not finite before a run ends; each is skipped."""
 AGREE_EVERY = 10
 """Steps between the moments when several hosts ask each other whether one was told to stop."""
 
@@ -78,6 +80,7 @@ class Trainer:
         self._writes = jax.process_index() == 0
         self.log = MetricsLog(stage_dir, self.start, self._writes)
         self._best = self.checkpoints.best_loss()
+        self._skipped = 0
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -88,8 +91,8 @@ class Trainer:
         """Train to the end.
 
         Raises:
-            Stopped: SIGINT or SIGTERM came; a checkpoint is saved.
-            UserError: loss or gradient is not finite, or the disk is full; earlier checkpoints are intact.
+            Stopped: SIGINT, SIGTERM or SIGHUP came; a checkpoint is saved.
+            UserError: loss or gradient stay not finite, or the disk is full; earlier checkpoints are intact.
         """
         try:
             with _signals() as told, ProgressLine(self.config.stage, self.start, self.total, self._writes) as line:
@@ -144,15 +147,22 @@ class Trainer:
         return sharding.put_batch(batch, self.mesh)
 
     def _record(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Read a step's metrics, refuse what is not finite, and write them down."""
+        """Read a step's metrics and write them down; one that was skipped leaves no numbers."""
         values = {name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            self._diverged(step, f"loss {values['loss']}, gradient norm {values['grad_norm']}")
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
         tokens = self.config.data.batch_size * self.config.data.sequence_length
-        entry = {"step": step, "tokens": step * tokens, **values, "seconds": seconds}
-        entry["tokens_per_second"] = tokens / max(seconds, 1e-9)
+        entry: dict[str, Any] = {"step": step, "tokens": step * tokens, "seconds": seconds}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            what = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+            self._skipped += 1
+            if self._skipped == min(PATIENCE, self.total):
+                self._diverged(step, what)
+            self._line.say(f"warning: step {step} is skipped: {what}")
+            self.log.write(entry | {"skipped": True})
+            return
+        self._skipped = 0
+        entry |= values | {"tokens_per_second": tokens / max(seconds, 1e-9)}
         self.log.write(entry)
         pace = self._pace()
         self._line.step(step, values["loss"], tokens / max(pace, 1e-9), (self.total - step) * pace)
@@ -228,7 +238,7 @@ def _told(numbers: dict[str, Any]) -> str:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM into a list; the second one of a kind acts as usual."""
+    """Collects the signals that end a run into a list; the second one of a kind acts as usual."""
     told: list[int] = []
     usual: dict[int, Any] = {}
 
@@ -236,7 +246,7 @@ def _signals() -> Iterator[list[int]]:
         told.append(number)
         signal.signal(number, usual[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         usual[number] = signal.signal(number, note)
     try:
         yield told

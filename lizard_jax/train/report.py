@@ -35,8 +35,8 @@ def summarize(config: RunConfig, history: list[dict[str, Any]]) -> dict[str, Any
 
     Returns:
         ``before`` and ``after`` (held-out loss, perplexity, layer_mse; after is the best checkpoint's, from
-        ``best_step``), ``teacher`` where it was measured, ``steps``, ``tokens``, ``seconds`` of stepping and the median
-        ``tokens_per_second``.
+        ``best_step``), ``teacher`` where it was measured, ``steps``, those ``skipped``, ``tokens``, ``seconds`` of
+        stepping and the median ``tokens_per_second``.
     """
     validations = {entry["step"]: entry["validation"] for entry in history if "validation" in entry}
     steps = [entry for entry in history if "loss" in entry]
@@ -53,6 +53,7 @@ def summarize(config: RunConfig, history: list[dict[str, Any]]) -> dict[str, Any
         "best_step": best_step,
         "held_out_tokens": validations[0]["tokens"],
         "steps": steps[-1]["step"],
+        "skipped": sum("skipped" in entry for entry in history),
         "tokens": steps[-1]["tokens"],
         "seconds": sum(entry["seconds"] for entry in steps),
         "tokens_per_second": float(np.median([entry["tokens_per_second"] for entry in steps])),

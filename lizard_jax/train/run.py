@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from lizard_jax.nn.rope import segment_positions
 from lizard_jax.select import budgets
 from lizard_jax.select.choice import resolved
 from lizard_jax.train import checkpoint, report, stages, start
+from lizard_jax.train.lock import alone
 from lizard_jax.train.loop import Trainer
 from lizard_jax.train.teacher import find_teacher, fingerprint, whereabouts
 from pallas_kernels import partition
@@ -199,6 +201,10 @@ def check(config: RunConfig) -> None:
             f"stage 1 has nothing to train: memory={config.attention.memory} with meta={config.attention.meta} adds no "
             "modules; go on with --stage=2 and the same settings"
         )
+    if "://" in config.out:
+        raise UserError(
+            f"--out {config.out} is no folder; runs are written to a file system: mount the bucket, and name its folder"
+        )
     place = stage_dir(config).absolute()
     while not place.exists():
         place = place.parent
@@ -301,8 +307,9 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
             f"no token that {config.data.path} keeps for validation is scored, so nothing could be measured; keep more "
             "documents (--held-out), score more of them (--held-out-tokens), or leave out --answer-only"
         )
-    if (note := short_text(config, loader)) and jax.process_index() == 0:
-        print(note, file=sys.stderr, flush=True)
+    if jax.process_index() == 0:
+        for note in filter(None, (half_done(config), short_text(config, loader))):
+            print(note, file=sys.stderr, flush=True)
     model = start_model(config, source, mesh)
     if config.stage == 1 and start.measures(config.attention) and not checkpoint.has_checkpoint(place):
         found = measured(model, loader, mesh)
@@ -310,11 +317,12 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
             print(found.summary(), file=sys.stderr, flush=True)
 
     place.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        write_atomic(place / "run.json", json.dumps(record, indent=2) + "\n")
-    trainer = Trainer(config, model, loader, place, mesh)
-    del model
-    state = trainer.run()
+    with alone(place) if jax.process_index() == 0 else nullcontext():
+        if jax.process_index() == 0:
+            write_atomic(place / "run.json", json.dumps(record, indent=2) + "\n")
+        trainer = Trainer(config, model, loader, place, mesh)
+        del model
+        state = trainer.run()
     if jax.process_index() != 0:
         return {}
     if config.stage == 0:
@@ -324,6 +332,17 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
     result = report.write(config, trainer.history, place, extra)
     report.show(config, result, place)
     return result
+
+
+def half_done(config: RunConfig) -> str | None:
+    """A note where stage 2 takes over from a stage 1 that did not come to its end."""
+    first = stage_dir(config, 1)
+    if config.stage != 2 or not config.attention.adds_modules or (first / "result.json").is_file():
+        return None
+    return (
+        f"warning: stage 1 in {first} did not come to its end, and its best parameters so far are taken; to finish it, "
+        "repeat its command, and give stage 2 a new run"
+    )
 
 
 def short_text(config: RunConfig, loader: Loader) -> str | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -47,6 +48,7 @@ def train_step(config: RunConfig, optimizer: Optimizer, state: TrainState, mesh:
     """``(trainable, optimizer state, frozen, batch) -> (trainable, optimizer state, metrics)``, jitted for the mesh.
 
     Metrics are the stage's, with ``grad_norm`` (before clipping) and ``learning_rate``; they come back replicated.
+    Where loss or gradient is not finite, parameters and optimizer stay as they were.
     Trainable parameters and optimizer state are donated.
     """
     graph = state.graph
@@ -54,7 +56,9 @@ def train_step(config: RunConfig, optimizer: Optimizer, state: TrainState, mesh:
     def step(trainable: nnx.State, moments: OptimizerState, frozen: nnx.State, batch: Any) -> Any:
         with partition.over(sharding.kernel_partition(mesh)):
             grads, metrics = stages.loss_and_grads(config, nnx.merge(graph, trainable, frozen), batch)
-        trainable, moments, info = optimizer.update(grads, moments, trainable)
+        *new, info = optimizer.update(grads, moments, trainable)
+        sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(info["grad_norm"])
+        trainable, moments = jax.tree.map(lambda a, b: jnp.where(sound, a, b), tuple(new), (trainable, moments))
         return trainable, moments, metrics | info
 
     places = [sharding.state_shardings(part, mesh) for part in (state.trainable, state.optimizer, state.frozen)]

@@ -210,7 +210,7 @@ def test_a_damaged_flax_directory(llama, tmp_path):
     for file in (tmp_path / "flax" / "params").rglob("*"):
         if file.is_file() and file.parent.name == "d":
             file.write_bytes(file.read_bytes()[:10])
-    with pytest.raises(UserError, match="params is damaged or incomplete"):
+    with pytest.raises(UserError, match=r"params is damaged or incomplete: .* is not as it was written"):
         load_flax(tmp_path / "flax")
     shutil.rmtree(tmp_path / "flax" / "params")
     with pytest.raises(UserError, match="params is damaged or incomplete"):

@@ -17,7 +17,8 @@ import pytest
 
 from lizard_jax.errors import UserError
 from lizard_jax.train import stages
-from lizard_jax.train.checkpoint import Checkpoints
+from lizard_jax.train.checkpoint import Checkpoints, restore_params
+from lizard_jax.train.lock import alone
 from lizard_jax.train.log import read_metrics
 from lizard_jax.train.loop import Stopped, Trainer, total_steps
 from tests.train.tiny import RandomBatches, make_model, mesh_of, run_config
@@ -131,7 +132,7 @@ def test_a_signal_saves_and_tells_how_to_go_on(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize(("bad", "token"), [("loss", -1), ("gradient", -2)])
-def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, bad, token, monkeypatch):
+def test_a_step_that_is_not_finite_is_skipped_and_several_stop_the_run(tmp_path, bad, token, monkeypatch, capsys):
     usual = stages.loss_and_grads
 
     def poisoned(config, model, batch):
@@ -146,15 +147,69 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, bad, token,
     class Bad(RandomBatches):
         def batch(self, step):
             batch = super().batch(step)
-            if step == 5:
+            if step == 1 or step >= 5:
                 batch.inputs[0, 0] = token
             return batch
 
-    with pytest.raises(UserError, match=r"diverged at step 6.*checkpoint of step 4 is kept") as told:
+    with pytest.raises(UserError, match=r"diverged at step 8.*checkpoint of step 6 is kept") as told:
         _trainer(tmp_path, Bad(CONFIG.data)).run()
     assert ("loss nan" in str(told.value)) == (bad == "loss")
-    assert all(np.isfinite(value).all() for value in _saved(tmp_path, 4).values())
-    assert not (tmp_path / "checkpoints" / "6").exists()
+    first, *_, last = (_saved(tmp_path, step) for step in (4, 6))
+    assert all(np.isfinite(value).all() for value in last.values())
+    counts = [int(saved["step"]) for saved in (first, last)]
+    assert counts == [3, 4]  # of the steps 2 and 6 nothing came
+    assert "warning: step 2 is skipped" in capsys.readouterr().err
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl", 8) if "skipped" in line] == [2, 6, 7]
+
+
+DAMAGE = {
+    "a byte": lambda file: file.write_bytes(b"\x55" + file.read_bytes()[1:]),
+    "cut short": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "empty": lambda file: file.write_bytes(b""),
+    "missing": Path.unlink,
+    "zeros, as a lost page": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+}
+
+
+@pytest.mark.parametrize("part", ["params", "optimizer"])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(undisturbed, tmp_path, part, kind, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    largest = max((run / "checkpoints" / "8" / part).rglob("*"), key=lambda path: path.is_file() * path.stat().st_size)
+    DAMAGE[kind](largest)
+    checkpoints = Checkpoints(run)
+    assert checkpoints.latest_step() == 6
+    checkpoints.close()
+    told = capsys.readouterr().err
+    assert "warning: the checkpoint of step 8 is damaged (" in told
+    assert told.endswith("; going on from step 6\n")
+    if (part, kind) == ("params", "a byte"):
+        _trainer(run).run()
+        _same_run(run, undisturbed)
+
+
+def test_nothing_but_damage_is_refused_and_a_damaged_best_is_not_taken(undisturbed, tmp_path):
+    for run, kind in ((tmp_path / "a", "checkpoints"), (tmp_path / "b", "best")):
+        shutil.copytree(undisturbed, run)
+        for file in (run / kind).glob("*/params/**/*"):
+            if file.is_file():
+                file.write_bytes(file.read_bytes() + b"!")
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(step 6: params.*; step 8: "):
+        Checkpoints(tmp_path / "a")
+    with pytest.raises(UserError, match=r"the best checkpoint in .* is damaged: params/.* is not as it was written"):
+        restore_params(tmp_path / "b", {})
+    checkpoints = Checkpoints(tmp_path / "b")
+    assert (checkpoints.latest_step(), checkpoints.best_step(), checkpoints.best_loss()) == (8, None, float("inf"))
+    checkpoints.close()
+
+
+def test_a_directory_is_one_runs(tmp_path):
+    told = rf"another run \(process {os.getpid()}\) is training in"
+    with alone(tmp_path), pytest.raises(UserError, match=told), alone(tmp_path):
+        pass
+    with alone(tmp_path):
+        pass
 
 
 def test_too_little_space_is_told_before_anything_is_written(tmp_path, monkeypatch):

@@ -275,6 +275,14 @@ def test_nothing_scored_is_no_perfect_result(line, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_stage_1_that_was_cut_off_is_told(first, line, tmp_path, capsys):
+    shutil.copytree(first / "stage1", tmp_path / "stage1")
+    (tmp_path / "stage1" / "result.json").unlink()
+    assert train.main(["--stage=2", *line, "--steps", "1", "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr().err
+    assert f"warning: stage 1 in {tmp_path / 'stage1'} did not come to its end" in told
+
+
 def test_stage_0_exports_a_teacher(line, tmp_path):
     assert train.main(["--stage=0", *line, "--out", str(tmp_path / "out")]) == 0
     exported = tmp_path / "out" / "stage0" / "hf"
@@ -292,6 +300,7 @@ def test_stage_0_exports_a_teacher(line, tmp_path):
         ("--data /nonexistent/text.txt", "/nonexistent/text.txt"),
         ("--data EMPTY", "empty.txt"),
         ("--out FILE/run", "cannot write"),
+        ("--out gs://bucket/run", "is no folder"),
         ("--sequence-length 4", "shorter than the window 8"),
         ("--batch-size 6", "batch size 6"),
         ("--mesh-data 3", "mesh"),
