@@ -344,10 +344,13 @@ def run(told: argparse.Namespace) -> int:
     told.out.mkdir(parents=True, exist_ok=True)
     text = training_text(told.train, tokenizer, told.out)
     exact = resolved(told.heads, told.teacher, told.window) if told.heads else ()
-    variants = students(told.window, told.teacher, exact, needs(told, text))
+    splits = any("by head" in name for name in told.rows or ("by head",))
+    variants = students(told.window, told.teacher, exact, needs(told, text) if splits else None)
     unknown = set(told.rows or ()) - set(variants)
     if unknown:
         raise UserError(f"no row {', '.join(sorted(unknown))}; choose from {', '.join(variants)}")
+    for extent in told.extents:
+        score_texts(told, extent)
     original = once(lambda: load_hf(told.teacher, dtype="float32"))
     teacher = scored(told, original, told.out / "teacher")
     rows: dict[str, Any] = {

@@ -22,6 +22,7 @@ from lizard_jax.nn.softmax_attention import SoftmaxMixer
 from lizard_jax.select import __main__ as command
 from lizard_jax.select import budgets
 from lizard_jax.select.budgets import Curves, Size, measure, menu, size, spend, state_bytes
+from lizard_jax.select.needs import mean_loss
 from tests.test_select import SHAPE, teacher
 
 SWITCHES = LizardConfig(window=8, chunk=8, feature_half=4)
@@ -194,6 +195,20 @@ def test_the_command_measures_scores_and_writes_what_linearize_reads(tmp_path, c
         )  # fmt: skip
     assert command.main(["embedded", "--by", "error"]) == 2
     assert "needs --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("switches", [None, dataclasses.replace(SWITCHES, memory="none", kept=3)])
+def test_the_loss_told_is_that_of_the_student(switches):
+    """On two texts, over what stands behind the window, with the final norm's own weights."""
+    model = teacher()
+    model.norm.weight[...] = jnp.linspace(0.5, 2.0, SHAPE.hidden_size)
+    texts = list(np.random.default_rng(5).integers(0, SHAPE.vocab_size, (2, 40)).astype(np.int32))
+    got = mean_loss(model, switches, texts, 8)
+    for index, block in enumerate(model.layers):
+        block.attention.mixer = mixer_of(dataclasses.replace(SHAPE, attention=switches), index, rngs=nnx.Rngs(0))
+    log = jax.nn.log_softmax(jax.jit(lambda model, ids: model(ids))(model, np.stack(texts)))
+    want = [-np.asarray(log)[row, t - 1, ids[t]] for row, ids in enumerate(texts) for t in range(9, 40)]
+    assert got == pytest.approx(np.mean(want), rel=1e-5)
 
 
 def test_a_teacher_that_is_not_finite_is_named():

@@ -116,5 +116,5 @@ def test_flags_say_what_differs_from_the_default_recipe():
 def test_refusals(call, capsys):
     assert call("--rows", "nope") == 2
     assert "no row nope" in capsys.readouterr().err
-    assert call("--extents", "100000000") == 2
+    assert call("--extents", "100000000", "--rows", "window") == 2
     assert "has 100000001 tokens" in capsys.readouterr().err

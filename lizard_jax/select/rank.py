@@ -134,7 +134,7 @@ def score(
         tick(1)
     losses = []
     for ids in plain:
-        losses.append(float(loss_behind(teacher, hidden(ids), jnp.asarray(ids), window)))
+        losses.append(float(loss_behind(teacher, teacher.norm(hidden(ids)), jnp.asarray(ids), window)))
         tick(1)
     return Found(right / len(texts.tokens), nats / count, float(np.mean(losses)) if losses else None)
 
@@ -210,8 +210,12 @@ def _divergence(target: Float[Array, "B A V"], log: Float[Array, "B A V"]) -> Fl
 
 @functools.partial(jax.jit, static_argnames=("window",))
 def loss_behind(model: Llama, x: Float[Array, "1 T D"], ids: Int[Array, " T"], window: int) -> Float[Array, ""]:
-    """Nats a token of what stands behind the window, in slices so that not every logit lives at once."""
-    hidden, targets = model.norm(x)[0, window:-1], ids[window + 1 :]
+    """Nats a token of what stands behind the window, in slices so that not every logit lives at once.
+
+    Args:
+        x: what the head reads, as ``model.hidden`` gives it: behind the last norm.
+    """
+    hidden, targets = x[0, window:-1], ids[window + 1 :]
     size = 256
     padding = -len(targets) % size
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, size, hidden.shape[-1])

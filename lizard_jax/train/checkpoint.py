@@ -180,7 +180,7 @@ def has_checkpoint(directory: Path) -> bool:
 def damages(stage_dir: Path, kind: str) -> dict[int, str]:
     """By step, what is wrong with a stage's ``checkpoints`` or ``best`` by their checksums, where they have some."""
     out = {}
-    for step in _steps(stage_dir / kind):
+    for step in sorted(_steps(stage_dir / kind)):
         file = _sums_file(stage_dir, kind, step)
         if file.is_file():
             found = difference(stage_dir / kind / str(step), read_json(file))

@@ -1,6 +1,7 @@
 """Chunks and single steps against the full forward, packed documents against each alone, and blocks of queries."""
 
 import dataclasses
+from functools import partial
 
 import chex
 import jax
@@ -21,13 +22,28 @@ CONFIG = ModelConfig("llama", 31, 16, 24, 2, 4, 2, 8, 64)
 
 def model_of(**changes):
     config = ModelConfig(**{**CONFIG.__dict__, **changes})
-    model = build(config, rngs=nnx.Rngs(0))
-    # Start values of 0.02 would hide mistakes below the tolerance.
-    return jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, model)
+
+    @jax.jit
+    def made():
+        # Start values of 0.02 would hide mistakes below the tolerance.
+        return jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, build(config, rngs=nnx.Rngs(0)))
+
+    return made()
 
 
 def ids(length, batch=2):
-    return jax.random.randint(jax.random.key(1), (batch, length), 0, CONFIG.vocab_size, jnp.int32)
+    """Tokens in numpy, whose slices need no compiling."""
+    return np.random.default_rng(1).integers(0, CONFIG.vocab_size, (batch, length), np.int32)
+
+
+@jax.jit
+def full(model, tokens, segment_ids=None):
+    return model(tokens, segment_ids=segment_ids)
+
+
+@jax.jit
+def extend(model, tokens, state, lengths=None):
+    return model.extend(tokens, state, lengths)
 
 
 @pytest.mark.parametrize(
@@ -58,13 +74,12 @@ def ids(length, batch=2):
 def test_chunks_and_steps_equal_the_full_forward(changes):
     model = model_of(**changes)
     tokens = ids(23)
-    extend = jax.jit(lambda model, tokens, state: model.extend(tokens, state))
     state, parts, at = model.init_state(2, 23), [], 0
     for count in (7, 1, 12, 1, 1, 1):
         out, state = extend(model, tokens[:, at : at + count], state)
-        parts.append(out)
+        parts.append(np.asarray(out))
         at += count
-    chex.assert_trees_all_close(jnp.concatenate(parts, axis=1), model(tokens), atol=2e-5, rtol=0)
+    chex.assert_trees_all_close(np.concatenate(parts, axis=1), np.asarray(full(model, tokens)), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +106,7 @@ def test_a_rope_of_the_length_decodes_past_its_context_as_transformers_does(tmp_
     state, ours = model.init_state(2, 24), []
     for start, stop in ((0, 12), (12, 13), (13, 20), (20, 21)):
         expected.append(hf.extend_logits(reference, tokens[:, start:stop], cache))
-        logits, state = model.extend(jnp.asarray(tokens[:, start:stop]), state)
+        logits, state = extend(model, tokens[:, start:stop], state)
         ours.append(logits)
     chex.assert_trees_all_close(ours, expected, atol=1e-4, rtol=0)
 
@@ -123,12 +138,12 @@ def test_a_packed_document_reads_as_it_does_alone(changes):
     model = model_of(**changes)
     lengths, names = [5, 9, 3, 4, 6], [1, 2, 1, 0, 1]
     tokens = ids(sum(lengths), 1)
-    segments = jnp.asarray(np.repeat(names, lengths)[None], jnp.int32)
-    packed = model(tokens, segment_ids=segments)
+    segments = np.repeat(names, lengths)[None].astype(np.int32)
+    packed = np.asarray(full(model, tokens, segments))
     at = 0
     for length, name in zip(lengths, names, strict=True):
         if name:
-            alone = model(tokens[:, at : at + length])
+            alone = np.asarray(full(model, tokens[:, at : at + length]))
             chex.assert_trees_all_close(packed[:, at : at + length], alone, atol=2e-5, rtol=0)
         at += length
 
@@ -184,8 +199,7 @@ def test_remat_keeps_outputs_and_gradients():
     def loss(model, remat):
         return jnp.sum(jnp.sin(model.hidden(tokens, remat=remat)))
 
-    plain = jax.value_and_grad(loss)(model, False)
-    again = jax.value_and_grad(loss)(model, True)
+    plain, again = (jax.jit(jax.value_and_grad(partial(loss, remat=remat)))(model) for remat in (False, True))
     chex.assert_trees_all_close(jax.tree.leaves(again), jax.tree.leaves(plain), atol=1e-5, rtol=1e-5)
 
 
@@ -216,17 +230,17 @@ def test_padding_leaves_no_trace_in_the_state(preset):
     attention = None if preset is None else dataclasses.replace(PRESETS[preset], window=6, chunk=4)
     model = model_of(attention=attention)
     tokens, lengths = ids(24, batch=3), (24, 1, 11)
-    extend = jax.jit(lambda model, tokens, state, lengths: model.extend(tokens, state, lengths))
     state, last = model.init_state(3, 32), [None] * 3
     for start, stop in ((0, 8), (8, 9), (9, 16), (16, 24)):
-        count = jnp.clip(jnp.asarray(lengths) - start, 0, stop - start).astype(jnp.int32)
+        count = np.clip(np.asarray(lengths) - start, 0, stop - start).astype(np.int32)
         logits, state = extend(model, tokens[:, start:stop], state, count)
+        logits = np.asarray(logits)
         for row in range(3):
             if count[row]:
                 last[row] = logits[row, count[row] - 1]
-    after, _ = extend(model, tokens[:, :1], state, jnp.ones(3, jnp.int32))
+    after = np.asarray(extend(model, tokens[:, :1], state, np.ones(3, np.int32))[0])
     for row, length in enumerate(lengths):
-        alone, own = model.extend(tokens[row : row + 1, :length], model.init_state(1, 32))
-        chex.assert_trees_all_close(last[row], alone[0, -1], atol=2e-5, rtol=0)
-        next_alone, _ = model.extend(tokens[row : row + 1, :1], own)
-        chex.assert_trees_all_close(after[row, 0], next_alone[0, 0], atol=2e-5, rtol=0)
+        alone, own = extend(model, tokens[row : row + 1, :length], model.init_state(1, 32))
+        chex.assert_trees_all_close(last[row], np.asarray(alone)[0, -1], atol=2e-5, rtol=0)
+        next_alone, _ = extend(model, tokens[row : row + 1, :1], own)
+        chex.assert_trees_all_close(after[row, 0], np.asarray(next_alone)[0, 0], atol=2e-5, rtol=0)
