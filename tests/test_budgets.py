@@ -23,6 +23,7 @@ from lizard_jax.select import __main__ as command
 from lizard_jax.select import budgets
 from lizard_jax.select.budgets import Curves, Size, measure, menu, size, spend, state_bytes
 from lizard_jax.select.needs import mean_loss
+from tests.jitted import logits
 from tests.test_select import SHAPE, teacher
 
 SWITCHES = LizardConfig(window=8, chunk=8, feature_half=4)
@@ -206,7 +207,7 @@ def test_the_loss_told_is_that_of_the_student(switches):
     got = mean_loss(model, switches, texts, 8)
     for index, block in enumerate(model.layers):
         block.attention.mixer = mixer_of(dataclasses.replace(SHAPE, attention=switches), index, rngs=nnx.Rngs(0))
-    log = jax.nn.log_softmax(jax.jit(lambda model, ids: model(ids))(model, np.stack(texts)))
+    log = jax.nn.log_softmax(logits(model, np.stack(texts)))
     want = [-np.asarray(log)[row, t - 1, ids[t]] for row, ids in enumerate(texts) for t in range(9, 40)]
     assert got == pytest.approx(np.mean(want), rel=1e-5)
 

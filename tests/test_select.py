@@ -20,6 +20,7 @@ from lizard_jax.models import build
 from lizard_jax.select import __main__ as command
 from lizard_jax.select import choice, rank
 from lizard_jax.select.needles import make, needles
+from tests.jitted import logits
 
 SHAPE = ModelConfig("llama", 1024, 32, 48, 3, 4, 2, 8, 512)
 WINDOW, LENGTH = 16, 90
@@ -71,7 +72,7 @@ def test_retrieval_scores_are_the_attention_maps_between_answer_and_needle(texts
 
 
 def loss_of(model, ids):
-    log = jax.nn.log_softmax(model(jnp.asarray(ids[None])))[0]
+    log = jax.nn.log_softmax(logits(model, ids[None]))[0]
     return -float(log[jnp.arange(WINDOW, len(ids) - 1), ids[WINDOW + 1 :]].mean())
 
 
@@ -87,7 +88,7 @@ def test_a_score_is_the_student_with_these_heads(texts):
             keep[tuple(map(int, name.split(".")))] = True
         found = rank.score(model, keep, texts, plain, window=WINDOW)
         assert found.loss == pytest.approx(np.mean([loss_of(student, ids) for ids in plain]), abs=2e-5)
-        logs = [jax.nn.log_softmax(student(jnp.asarray(ids[None])))[0] for ids in texts.tokens]
+        logs = [jax.nn.log_softmax(logits(student, ids[None]))[0] for ids in texts.tokens]
         nats = [
             -np.asarray(log)[rows[real], answers[real]]
             for log, rows, answers, real in zip(logs, texts.rows, texts.answers, texts.real, strict=True)
@@ -97,7 +98,7 @@ def test_a_score_is_the_student_with_these_heads(texts):
 
 def test_a_needle_counts_where_every_token_of_its_answer_is_the_likeliest(texts):
     model, everything = teacher(), np.ones((3, 2), bool)
-    log = [np.asarray(model(jnp.asarray(ids[None])))[0].argmax(-1) for ids in texts.tokens]
+    log = [np.asarray(logits(model, ids[None]))[0].argmax(-1) for ids in texts.tokens]
     answers = np.stack([row[rows] for row, rows in zip(log, texts.rows, strict=True)])
     answers[0, 0] = (answers[0, 0] + 1) % 1024
     found = rank.score(model, everything, dataclasses.replace(texts, answers=answers), window=WINDOW)
@@ -109,7 +110,7 @@ def test_cutting_one_head_costs_what_its_student_loses():
     ids = np.asarray(jax.random.randint(jax.random.key(5), (60,), 0, 1024), np.int32)
     told = []
     got = rank.cut_losses(model, [ids], window=WINDOW, tick=told.append)
-    want = jax.nn.log_softmax(model(jnp.asarray(ids[None])))[0, WINDOW:]
+    want = jax.nn.log_softmax(logits(model, ids[None]))[0, WINDOW:]
     everything = [f"{layer}.{head}" for layer in range(3) for head in range(2)]
     for layer in range(3):
         for head in range(2):
@@ -117,7 +118,7 @@ def test_cutting_one_head_costs_what_its_student_loses():
             attention = LizardConfig(memory="none", window=WINDOW, softmax_heads=heads)
             student = build(dataclasses.replace(SHAPE, attention=attention), rngs=nnx.Rngs(0))
             nnx.update(student, nnx.state(model))
-            ours = jax.nn.log_softmax(student(jnp.asarray(ids[None])))[0, WINDOW:]
+            ours = jax.nn.log_softmax(logits(student, ids[None]))[0, WINDOW:]
             kl = float((jnp.exp(want) * (want - ours)).sum(axis=-1).mean())
             assert got[layer, head] == pytest.approx(kl, rel=1e-3, abs=1e-6)
     assert sum(told) == 6

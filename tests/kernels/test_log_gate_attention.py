@@ -323,7 +323,8 @@ def test_many_devices_are_one(implementation):
         )  # fmt: skip
         return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.where(n > -1e29, n, 0)) + jnp.sum(state.z), y
 
-    for B, K in ((2, 2), (1, 2), (2, 1)):
+    # What a mesh does not divide is settled before any implementation is called.
+    for B, K in ((2, 2), (1, 2), (2, 1)) if implementation == "xla" else ((2, 2),):
         s = Shape(B, 20, 4, K, K, 16, 16, act="exp", X=16)
         (*arrays, _, maps), _ = jax.tree.map(
             lambda x: jnp.asarray(x, "float32"), Draw(0, "mixed", "one", "positive", 3.0, 0.2, True).inputs(s)

@@ -16,6 +16,7 @@ from lizard_jax.models import build
 from lizard_jax.nn import softmax_attention
 from lizard_jax.nn.rope import segment_lengths, segment_positions
 from lizard_jax.nn.softmax_attention import interval_attention
+from tests.jitted import logits
 
 CONFIG = ModelConfig("llama", 31, 16, 24, 2, 4, 2, 8, 64)
 
@@ -34,11 +35,6 @@ def model_of(**changes):
 def ids(length, batch=2):
     """Tokens in numpy, whose slices need no compiling."""
     return np.random.default_rng(1).integers(0, CONFIG.vocab_size, (batch, length), np.int32)
-
-
-@jax.jit
-def full(model, tokens, segment_ids=None):
-    return model(tokens, segment_ids=segment_ids)
 
 
 @jax.jit
@@ -79,7 +75,7 @@ def test_chunks_and_steps_equal_the_full_forward(changes):
         out, state = extend(model, tokens[:, at : at + count], state)
         parts.append(np.asarray(out))
         at += count
-    chex.assert_trees_all_close(np.concatenate(parts, axis=1), np.asarray(full(model, tokens)), atol=2e-5, rtol=0)
+    chex.assert_trees_all_close(np.concatenate(parts, axis=1), np.asarray(logits(model, tokens)), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +102,8 @@ def test_a_rope_of_the_length_decodes_past_its_context_as_transformers_does(tmp_
     state, ours = model.init_state(2, 24), []
     for start, stop in ((0, 12), (12, 13), (13, 20), (20, 21)):
         expected.append(hf.extend_logits(reference, tokens[:, start:stop], cache))
-        logits, state = extend(model, tokens[:, start:stop], state)
-        ours.append(logits)
+        got, state = extend(model, tokens[:, start:stop], state)
+        ours.append(got)
     chex.assert_trees_all_close(ours, expected, atol=1e-4, rtol=0)
 
 
@@ -139,11 +135,11 @@ def test_a_packed_document_reads_as_it_does_alone(changes):
     lengths, names = [5, 9, 3, 4, 6], [1, 2, 1, 0, 1]
     tokens = ids(sum(lengths), 1)
     segments = np.repeat(names, lengths)[None].astype(np.int32)
-    packed = np.asarray(full(model, tokens, segments))
+    packed = np.asarray(logits(model, tokens, segments))
     at = 0
     for length, name in zip(lengths, names, strict=True):
         if name:
-            alone = np.asarray(full(model, tokens[:, at : at + length]))
+            alone = np.asarray(logits(model, tokens[:, at : at + length]))
             chex.assert_trees_all_close(packed[:, at : at + length], alone, atol=2e-5, rtol=0)
         at += length
 
@@ -233,11 +229,11 @@ def test_padding_leaves_no_trace_in_the_state(preset):
     state, last = model.init_state(3, 32), [None] * 3
     for start, stop in ((0, 8), (8, 9), (9, 16), (16, 24)):
         count = np.clip(np.asarray(lengths) - start, 0, stop - start).astype(np.int32)
-        logits, state = extend(model, tokens[:, start:stop], state, count)
-        logits = np.asarray(logits)
+        out, state = extend(model, tokens[:, start:stop], state, count)
+        out = np.asarray(out)
         for row in range(3):
             if count[row]:
-                last[row] = logits[row, count[row] - 1]
+                last[row] = out[row, count[row] - 1]
     after = np.asarray(extend(model, tokens[:, :1], state, np.ones(3, np.int32))[0])
     for row, length in enumerate(lengths):
         alone, own = extend(model, tokens[row : row + 1, :length], model.init_state(1, 32))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lizard_jax.cli import load_recipe, override
 from lizard_jax.convert.files import carry
 from lizard_jax.convert.load import load_hf
 from lizard_jax.convert.save import save_hf
@@ -25,7 +26,7 @@ from lizard_jax.nn.params import LoraParam, NewParam
 from lizard_jax.select import choice
 from lizard_jax.train import __main__ as train
 from lizard_jax.train.checkpoint import named
-from lizard_jax.train.run import fingerprint, load_run
+from lizard_jax.train.run import continued, fingerprint, load_run
 from tests.train.tiny import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,8 +118,8 @@ def test_a_state_of_that_size_is_split_among_heads_through_both_stages(tmp_path,
     assert first.budgets
     assert first.kept == 0
     assert train.main(["--stage=1", *own]) == 0
-    assert train.main(["--stage=2", *plain, "--out", str(tmp_path / "run")]) == 0
-    assert load_run(tmp_path / "run" / "stage2")[0].config.attention == first
+    second = override(load_recipe("tiny", 2), {"out": str(tmp_path / "run")})
+    assert continued(second, frozenset()).attention == first
     capsys.readouterr()
     _refused(capsys, ["--stage=1", *own, "--kept", "3"], "--state-bytes says what is kept; leave out --kept")
     other = ["--stage=1", *plain, "--out", str(tmp_path / "other"), "--state-bytes"]
