@@ -139,13 +139,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def row_devices(mesh: Mesh) -> int:
+    """Among how many devices a batch's rows are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch(batch_size: int, mesh: Mesh) -> None:
     """Refuse a batch whose rows do not divide over the mesh.
 
     Raises:
         UserError: ``batch_size`` is not a multiple of data x fsdp.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = row_devices(mesh)
     if batch_size % parts:
         raise UserError(
             f"batch size {batch_size} does not divide over data x fsdp = {parts} devices; use a multiple of it"

@@ -116,17 +116,19 @@ class Trainer:
             self._line.say(f"resuming {self.stage_dir} at step {self.start} of {self.total}")
         elif not any(entry["step"] == 0 for entry in self.history):
             self._validate(0)
-        pending: tuple[int, dict[str, jax.Array]] | None = None
+        pending: tuple[int, dict[str, jax.Array], float] | None = None
         self._clock = time.monotonic()
         for index in range(self.start, self.total):
             done = index + 1
+            asked = time.monotonic()
             batch = self._placed(self.batches.batch(index))
+            waited = time.monotonic() - asked
             state.trainable, state.optimizer, metrics = self._train(
                 state.trainable, state.optimizer, state.frozen, batch
             )
             if pending is not None:
                 self._record(*pending)
-            pending = (done, metrics)
+            pending = (done, metrics, waited)
             stop = _agreed(told, done)
             last = done == self.total
             validates = last or done % self.validate_every == 0
@@ -146,13 +148,15 @@ class Trainer:
     def _placed(self, batch: Any) -> Any:
         return sharding.put_batch(batch, self.mesh)
 
-    def _record(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Read a step's metrics and write them down; one that was skipped leaves no numbers."""
+    def _record(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
+        """Read a step's metrics and write them down with the seconds that it took and that it waited for its batch; one
+        that was skipped leaves no numbers.
+        """
         values = {name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()}
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
         tokens = self.config.data.batch_size * self.config.data.sequence_length
-        entry: dict[str, Any] = {"step": step, "tokens": step * tokens, "seconds": seconds}
+        entry: dict[str, Any] = {"step": step, "tokens": step * tokens, "seconds": seconds, "input_seconds": waited}
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             what = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
             self._skipped += 1

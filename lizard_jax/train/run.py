@@ -104,6 +104,24 @@ def dated(config: RunConfig, place: Path) -> RunConfig:
     return override(config, {"data.date": began or date.today().isoformat()})
 
 
+def with_batch(config: RunConfig, given: frozenset[str], place: Path, mesh: Mesh) -> RunConfig:
+    """The settings with a batch that divides over the mesh: as given, as a begun run has it, or the recipe's with as
+    many rows more as it takes.
+    """
+    if "data.batch_size" in given:
+        return config
+    rows, parts = config.data.batch_size, sharding.row_devices(mesh)
+    if (place / "run.json").is_file():
+        begun = from_dict(RunConfig, checkpoint.read_json(place / "run.json")["config"])
+        return override(config, {"data.batch_size": begun.data.batch_size})
+    if rows % parts == 0:
+        return config
+    more = -(-rows // parts) * parts
+    if jax.process_index() == 0:
+        print(f"note: {more} rows a step instead of {rows}, for {parts} devices", file=sys.stderr, flush=True)
+    return override(config, {"data.batch_size": more})
+
+
 def with_heads(
     config: RunConfig, given: frozenset[str], place: Path, source: Path, mesh: Mesh | None = None
 ) -> RunConfig:
@@ -284,8 +302,9 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
     config = continued(config, given)
     check(config)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.data.batch_size, mesh)
     place = stage_dir(config)
+    config = with_batch(config, given, place, mesh)
+    sharding.check_batch(config.data.batch_size, mesh)
     source = teacher_dir(config.teacher)
     config = with_heads(dated(config, place), given, place, source, mesh)
     config = with_budgets(config, given, place, source, mesh)

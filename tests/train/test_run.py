@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 
 from lizard_jax.cli import load_recipe, override
+from lizard_jax.config import to_dict
 from lizard_jax.convert.files import carry
 from lizard_jax.convert.load import load_hf
 from lizard_jax.convert.save import save_hf
@@ -26,8 +27,8 @@ from lizard_jax.nn.params import LoraParam, NewParam
 from lizard_jax.select import choice
 from lizard_jax.train import __main__ as train
 from lizard_jax.train.checkpoint import named
-from lizard_jax.train.run import continued, fingerprint, load_run
-from tests.train.tiny import MODEL
+from lizard_jax.train.run import continued, fingerprint, load_run, with_batch
+from tests.train.tiny import MODEL, mesh_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -318,6 +319,17 @@ def test_bad_input_is_one_line_code_2_and_leaves_nothing(more, told, line, tmp_p
     more = more.replace("EMPTY", str(tmp_path / "empty.txt")).replace("FILE", str(tmp_path / "empty.txt"))
     _refused(capsys, ["--stage=1", *line, "--out", str(tmp_path / "run"), *more.split()], told)
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_the_recipes_batch_follows_the_mesh(tmp_path, capsys):
+    config = override(load_recipe("tiny", 1), {"data.batch_size": 3})
+    mesh = mesh_of(data=2, fsdp=4)
+    assert with_batch(config, frozenset({"data.batch_size"}), tmp_path, mesh) is config  # as given, to be refused
+    assert with_batch(config, frozenset(), tmp_path, mesh).data.batch_size == 8
+    assert capsys.readouterr().err == "note: 8 rows a step instead of 3, for 8 devices\n"
+    begun = override(config, {"data.batch_size": 16})
+    (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(begun)}))
+    assert with_batch(config, frozenset(), tmp_path, mesh).data.batch_size == 16
 
 
 def test_a_tokenizer_beyond_the_vocabulary_is_refused(line, tmp_path, capsys):
