@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.recovery import losses, pairs_worth, score_texts
+from benchmarks.equal_bytes import pairs_worth
+from benchmarks.recovery import losses, score_texts
 from lizard_jax.atomic import write_atomic
 from lizard_jax.config import LizardConfig
 from lizard_jax.convert.files import read_json
