@@ -12,26 +12,23 @@ from lizard_jax.errors import UserError
 
 @contextmanager
 def alone(stage_dir: Path) -> Iterator[None]:
-    """Holds the directory's lock, which ends with the process however that ends.
+    """Holds the directory itself locked, which ends with the process however that ends, and leaves no file.
 
     A file system that has no locks is taken as it is.
 
     Raises:
         UserError: another process holds it.
     """
-    with (stage_dir / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                yield
-                return
-            file.seek(0)
+    handle = os.open(stage_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            os.close(handle)
             raise UserError(
-                f"another run (process {file.read().strip() or 'unknown'}) is training in {stage_dir}; wait for it, or "
-                "name another --out"
+                f"another run is training in {stage_dir}; wait for its end, or name another --out"
             ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+    try:
         yield
+    finally:
+        os.close(handle)

@@ -57,7 +57,7 @@ def make() -> None:
             file.unlink()
     for file in Path.cwd().rglob("*"):
         tokenizer = "token" in file.name and file.parent.name != "teacher"
-        if tokenizer or file.name in ("text.txt", "curves.png", ".lock") or "tfevents" in file.name:
+        if tokenizer or file.name in ("text.txt", "curves.png") or "tfevents" in file.name:
             file.unlink()
 
 

@@ -20,6 +20,8 @@ from lizard_jax.config import to_dict
 from lizard_jax.convert.files import carry
 from lizard_jax.convert.load import load_hf
 from lizard_jax.convert.save import save_hf
+from lizard_jax.data.loader import Loader
+from lizard_jax.data.text import load_tokenizer
 from lizard_jax.embedded import teacher_path
 from lizard_jax.errors import UserError
 from lizard_jax.models import build
@@ -27,7 +29,7 @@ from lizard_jax.nn.params import LoraParam, NewParam
 from lizard_jax.select import choice
 from lizard_jax.train import __main__ as train
 from lizard_jax.train.checkpoint import named
-from lizard_jax.train.run import continued, fingerprint, load_run, with_batch
+from lizard_jax.train.run import continued, fingerprint, load_run, short_text, with_batch, with_budgets, with_heads
 from tests.train.tiny import MODEL, mesh_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,7 +81,7 @@ def _refused(capsys, argv, told):
     assert told in stderr
 
 
-def test_heads_of_a_ranking_keep_softmax_through_both_stages(tmp_path, line, capsys):
+def test_heads_of_a_ranking_keep_softmax_through_both_stages(tmp_path, line, teacher, capsys):
     """Named once by a file; a begun run and stage 2 keep their choice, whatever has become of the file."""
     file = tmp_path / "heads.json"
     file.write_text(choice.text(choice.ranking("retrieval", np.asarray([[0.2, 0.8]]))))
@@ -94,7 +96,8 @@ def test_heads_of_a_ranking_keep_softmax_through_both_stages(tmp_path, line, cap
     fresh = named(nnx.state(start, NewParam))
     assert all(np.abs(np.asarray(new[name] - fresh[name])).max() > 0 for name in new)
     file.unlink()
-    assert train.main(["--stage=1", *own]) == 0
+    config = override(load_recipe("tiny", 1), {"heads": f"{file}:1"})
+    assert with_heads(config, frozenset(), tmp_path / "run" / "stage1", teacher).attention.softmax_heads == ("0.1",)
     assert train.main(["--stage=2", *line, "--kept", "4", "--out", str(tmp_path / "run")]) == 0
     attention = load_run(tmp_path / "run" / "stage2")[0].config.attention
     assert (attention.softmax_heads, attention.kept) == (("0.1",), 4)
@@ -109,7 +112,7 @@ def test_heads_of_a_ranking_keep_softmax_through_both_stages(tmp_path, line, cap
     _refused(capsys, ["--stage=1", *line, "--heads", str(file), "--out", str(tmp_path / "other")], "heads.json")
 
 
-def test_a_state_of_that_size_is_split_among_heads_through_both_stages(tmp_path, line, capsys):
+def test_a_state_of_that_size_is_split_among_heads_through_both_stages(tmp_path, line, teacher, capsys):
     """Measured on the text once; a begun run and stage 2 keep the split."""
     plain = [argument for argument in line if argument not in ("--kept", "0")]
     own = [*plain, "--state-bytes", "16tokens", "--feature-half", "2", "--out", str(tmp_path / "run")]
@@ -118,7 +121,8 @@ def test_a_state_of_that_size_is_split_among_heads_through_both_stages(tmp_path,
     first = load_run(tmp_path / "run" / "stage1")[0].config.attention
     assert first.budgets
     assert first.kept == 0
-    assert train.main(["--stage=1", *own]) == 0
+    again = override(load_recipe("tiny", 1), {"state_bytes": "16tokens"})
+    assert with_budgets(again, frozenset(), tmp_path / "run" / "stage1", teacher).attention.budgets == first.budgets
     second = override(load_recipe("tiny", 2), {"out": str(tmp_path / "run")})
     assert continued(second, frozenset()).attention == first
     capsys.readouterr()
@@ -129,11 +133,11 @@ def test_a_state_of_that_size_is_split_among_heads_through_both_stages(tmp_path,
     assert not (tmp_path / "other").exists()
 
 
-def test_heads_are_chosen_automatically(tmp_path, line):
+def test_heads_are_chosen_automatically(tmp_path, teacher):
     """The minute teacher's context of 64 tokens holds a needle and its question."""
-    assert train.main(["--stage=1", *line, "--heads", "auto:1", "--out", str(tmp_path / "run")]) == 0
-    record = json.loads((tmp_path / "run" / "stage1" / "run.json").read_text())
-    assert record["config"]["attention"]["softmax_heads"] in (["0.0"], ["0.1"])
+    config = override(load_recipe("tiny", 1), {"heads": "auto:1", "attention.window": 8, "attention.chunk": 8})
+    chosen = with_heads(config, frozenset(), tmp_path, teacher, mesh_of(fsdp=8))
+    assert chosen.attention.softmax_heads in (("0.0",), ("0.1",))
 
 
 def test_a_stage_leaves_its_report(first):
@@ -391,14 +395,13 @@ def test_a_window_alone_has_no_stage_1_and_starts_with_stage_2(line, tmp_path, c
     assert jax.tree.leaves(nnx.state(model, LoraParam))
 
 
-def test_stage_1_says_what_it_starts_from_and_warns_of_short_documents(line, tmp_path, capsys):
+def test_stage_1_says_what_it_starts_from_and_warns_of_short_documents(line, text, tmp_path, capsys):
     assert train.main(["--stage=1", *line, "--out", str(tmp_path / "a")]) == 0
     told = capsys.readouterr().err
     assert "memory's share" in told
     assert "warning" not in told
     # The documents have some 80 tokens: under a window as long as the sequence nothing is left to remember.
-    argv = ["--stage=1", *line, "--window", "32", "--no-measured-start", "--out", str(tmp_path / "b")]
-    assert train.main(argv) == 0
-    told = capsys.readouterr().err
-    assert "warning: 0.0% of the positions" in told
-    assert "memory's share" not in told
+    given = {"attention.window": 32, "data.path": str(text), "data.sequence_length": 32, "data.held_out": 0.1}
+    config = override(load_recipe("tiny", 1), given)
+    loader = Loader(config.data, load_tokenizer(teacher_path()), vocab_size=1024)
+    assert "warning: 0.0% of the positions" in (short_text(config, loader) or "")
