@@ -10,6 +10,13 @@ def teacher_path() -> Path:
     return Path(__file__).resolve().parent / "teacher"
 
 
+def budgets_path() -> Path:
+    """What each key head of the embedded teacher needs beside a window of 32, as the embedded text says: what a run would
+    measure (``select/budgets.py``), made before so that the first command ends sooner.
+    """
+    return Path(__file__).resolve().parent / "budgets.json"
+
+
 def teacher_config() -> ModelConfig:
     """The shape of the embedded teacher: 1.31 M parameters, 5.2 MB in fp32."""
     return ModelConfig(

@@ -26,7 +26,7 @@ from lizard_jax.convert.load import load_hf
 from lizard_jax.convert.save import save_hf
 from lizard_jax.data.loader import Loader
 from lizard_jax.data.text import load_tokenizer
-from lizard_jax.embedded import teacher_config
+from lizard_jax.embedded import budgets_path, teacher_config
 from lizard_jax.errors import UserError
 from lizard_jax.lora import add_lora
 from lizard_jax.models import Llama
@@ -168,8 +168,12 @@ def with_budgets(
         if (begun.state_bytes, begun.curves) == (config.state_bytes, config.curves):
             own = {"attention.budgets": begun.attention.budgets, "attention.kept": begun.attention.kept}
             return override(config, own)
+    curves = config.curves
+    default = (config.teacher, config.data.path) == ("embedded", "embedded")
+    if not curves and default and budgets.read(budgets_path()).window == config.attention.window:
+        curves = str(budgets_path())
     spent = budgets.split(
-        config.state_bytes, source, config.attention, config.data, config.curves, dtype=config.dtype, mesh=mesh
+        config.state_bytes, source, config.attention, config.data, curves, dtype=config.dtype, mesh=mesh
     )
     if jax.process_index() == 0:
         print(spent.summary(), file=sys.stderr, flush=True)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 
 from benchmarks import ngram
+from lizard_jax.cli import load_recipe
 from lizard_jax.config import DataConfig
 from lizard_jax.data.loader import Loader
 from lizard_jax.data.text import load_tokenizer
-from lizard_jax.embedded import corpus, teacher_config, teacher_path
+from lizard_jax.embedded import budgets_path, corpus, teacher_config, teacher_path
 from lizard_jax.errors import UserError
 
 
@@ -68,6 +70,17 @@ def test_the_tokenizers_command_line_tells_errors(tmp_path):
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
+
+
+def test_what_its_heads_need_is_what_a_run_would_measure():
+    """To within what another Python's sources change."""
+    from lizard_jax.select.budgets import automatic, read
+
+    recipe = load_recipe("tiny", 1)
+    kept = read(budgets_path())
+    fresh = automatic(teacher_path(), recipe.attention, dataclasses.replace(recipe.data, batch_size=4))
+    assert (kept.window, kept.kept) == (fresh.window, fresh.kept)
+    assert np.corrcoef(np.log(kept.array[..., 0].ravel()), np.log(fresh.array[..., 0].ravel()))[0, 1] > 0.9
 
 
 def test_the_embedded_teacher_is_small():
