@@ -11,8 +11,9 @@ def teacher_path() -> Path:
 
 
 def budgets_path() -> Path:
-    """What each key head of the embedded teacher needs beside a window of 32, as the embedded text says: what a run would
-    measure (``select/budgets.py``), made before so that the first command ends sooner.
+    """What each key head of the embedded teacher needs beside a window of 32, as the embedded text says.
+
+    A run would measure the same (``select/budgets.py``); it is kept so that the first command ends sooner.
     """
     return Path(__file__).resolve().parent / "budgets.json"
 
