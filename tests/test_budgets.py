@@ -13,7 +13,9 @@ from flax import nnx
 from lizard_jax.config import LizardConfig, ModelConfig
 from lizard_jax.convert import __main__ as convert
 from lizard_jax.convert.load import load_hf
+from lizard_jax.data.haystack import Measure
 from lizard_jax.data.loader import Batch
+from lizard_jax.data.text import load_tokenizer
 from lizard_jax.embedded import teacher_path
 from lizard_jax.errors import UserError
 from lizard_jax.models import build
@@ -22,7 +24,7 @@ from lizard_jax.nn.softmax_attention import SoftmaxMixer
 from lizard_jax.select import __main__ as command
 from lizard_jax.select import budgets
 from lizard_jax.select.budgets import Curves, Size, measure, menu, size, spend, state_bytes
-from lizard_jax.select.needs import mean_loss
+from lizard_jax.select.needs import mean_loss, texts
 from tests.jitted import logits
 from tests.test_select import SHAPE, teacher
 
@@ -210,6 +212,11 @@ def test_the_loss_told_is_that_of_the_student(switches):
     log = jax.nn.log_softmax(logits(model, np.stack(texts)))
     want = [-np.asarray(log)[row, t - 1, ids[t]] for row, ids in enumerate(texts) for t in range(9, 40)]
     assert got == pytest.approx(np.mean(want), rel=1e-5)
+
+
+def test_the_embedded_text_by_its_name():
+    found = texts("embedded", "<|endoftext|>", Measure(load_tokenizer(teacher_path())), 90, 5)
+    assert [len(ids) for ids in found] == [90] * 4
 
 
 def test_a_teacher_that_is_not_finite_is_named():

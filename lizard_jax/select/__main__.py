@@ -47,7 +47,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=8, help="texts to rank by (default %(default)s)")
     parser.add_argument("--scored", type=int, default=8, help="texts to score by (default %(default)s)")
     parser.add_argument("--filler", metavar="FILE", help="a text whose sentences hide answers (default: our own prose)")
-    parser.add_argument("--data", metavar="PATH", help="plain text on which the loss is measured, as train.py reads it")
+    parser.add_argument("--data", metavar="PATH", help="plain text on which the loss is measured, or 'embedded'")
     parser.add_argument("--separator", default="<|endoftext|>", help="of its documents (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the texts that are made (default %(default)s)")
     parser.add_argument(

@@ -19,7 +19,8 @@ from lizard_jax.convert.load import load_hf
 from lizard_jax.data.haystack import Measure
 from lizard_jax.data.loader import Batch
 from lizard_jax.data.records import documents
-from lizard_jax.data.text import load_tokenizer
+from lizard_jax.data.text import Document, load_tokenizer
+from lizard_jax.embedded import corpus
 from lizard_jax.errors import UserError
 from lizard_jax.models.llama import Llama
 from lizard_jax.nn.attention import mixer_of
@@ -47,13 +48,16 @@ class Row:
 
 
 def texts(data: str, separator: str, measure: Measure, length: int, most: int) -> list[Int[np.ndarray, " T"]]:
-    """The first ``length`` tokens of the first documents that have so many, an even number of them.
+    """The first ``length`` tokens of the first documents that have so many, an even number of them; of the embedded
+    teacher's own training text where ``data`` is ``embedded``.
 
     Raises:
         UserError: there are not two.
     """
     long: list[Any] = []
-    for document in documents(DataConfig(path=data, separator=separator, format="text"), measure.tokenizer):
+    config = DataConfig(path=data, separator=separator, format="text")
+    own = (Document(text) for text in corpus.documents("train"))
+    for document in own if data == "embedded" else documents(config, measure.tokenizer):
         ids = measure.prompt(document.text[: CHARACTERS * length])[:length]
         if len(ids) == length:
             long.append(np.asarray(ids, np.int32))
