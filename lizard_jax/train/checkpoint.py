@@ -6,6 +6,7 @@ writes each beside its place and renames it, so a checkpoint that exists is whol
 each: one that disk or network has damaged since is told, moved to ``STAGE/damaged``, and the one before it is used.
 """
 
+import contextlib
 import json
 import shutil
 import sys
@@ -182,7 +183,8 @@ def damages(stage_dir: Path, kind: str) -> dict[int, str]:
     out = {}
     for step in sorted(_steps(stage_dir / kind)):
         file = _sums_file(stage_dir, kind, step)
-        if file.is_file():
+        # Checksums that are damaged themselves say nothing of the checkpoint.
+        with contextlib.suppress(UserError):
             found = difference(stage_dir / kind / str(step), read_json(file))
             if found is not None:
                 out[step] = found
@@ -208,7 +210,7 @@ def _set_damaged_aside(stage_dir: Path, kind: str) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(exist_ok=True)
         (stage_dir / kind / str(step)).replace(aside)
-        _sums_file(stage_dir, kind, step).unlink()
+        _sums_file(stage_dir, kind, step).unlink(missing_ok=True)
         then = f"going on from step {whole[-1]}" if kind == "checkpoints" else "a better one is looked for from here on"
         name = "best checkpoint" if kind == "best" else "checkpoint"
         print(

@@ -204,6 +204,15 @@ def test_nothing_but_damage_is_refused_and_a_damaged_best_is_not_taken(undisturb
     checkpoints.close()
 
 
+def test_damaged_checksums_say_nothing_of_a_checkpoint(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    for file in (tmp_path / "run" / "sums").iterdir():
+        file.write_bytes(file.read_bytes()[:20])
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert checkpoints.latest_step() == 8
+    checkpoints.close()
+
+
 def test_a_directory_is_one_runs(tmp_path):
     with alone(tmp_path), pytest.raises(UserError, match="another run is training in"), alone(tmp_path):
         pass
