@@ -137,6 +137,8 @@ def run(told: argparse.Namespace) -> int:
         if not place:
             raise UserError(f"--students {text}: give NAME=DIR")
         cases[name] = ("trained", partial(lizard_jax.load, place))
+    if unknown := set(told.rows) - set(cases):
+        raise UserError(f"no row {', '.join(sorted(unknown))}; choose from {'; '.join(cases)}")
     names = ("window", "reach", "texts", "needles")
     settings = {name: getattr(told, name) for name in names}
     file = told.table.with_suffix(".json")
