@@ -177,8 +177,10 @@ def appearing(target: str | Path, *, size: int = 0) -> Iterator[Path]:
 
 
 def _remove(directory: Path) -> None:
-    for _ in range(20):
+    gone = 0
+    for _ in range(100):
         shutil.rmtree(directory, ignore_errors=True)
-        if not directory.exists():
+        gone = 0 if directory.exists() else gone + 1
+        if gone == 2:
             return
-        time.sleep(0.1)  # a thread of Orbax may still be writing
+        time.sleep(0.05)  # a thread of Orbax may still be writing, and make it again
