@@ -101,21 +101,6 @@ class Checkpoints:
             got = self._latest.restore(step, args=ocp.args.Composite(**items))
         return fill(params, got["params"]), fill(optimizer, got["optimizer"]), step
 
-    def seal(self) -> None:
-        """Write down the checksums of what has none yet, and forget those of what is gone."""
-        if jax.process_index() != 0:
-            return
-        for kind, manager in (("checkpoints", self._latest), ("best", self._best)):
-            steps = manager.all_steps()
-            for step in steps:
-                file = _sums_file(self._dir, kind, step)
-                if not file.is_file():
-                    file.parent.mkdir(exist_ok=True)
-                    write_atomic(file, json.dumps(sums(self._dir / kind / str(step)), indent=1) + "\n")
-            for file in (self._dir / "sums").glob(f"{kind}-*.json"):
-                if int(file.stem.rpartition("-")[2]) not in steps:
-                    file.unlink()
-
     def close(self) -> None:
         """Let go of Orbax's threads."""
         self._latest.close()
@@ -128,14 +113,28 @@ class Checkpoints:
         if shutil.disk_usage(manager.directory).free < bytes_needed(items.values()):
             raise full_disk(self._dir, self.latest_step())
         try:
+            self._seal(manager)  # what lies there of another checkpoint of this step's number is forgotten
             with orbax_noise.failing_quietly():
                 manager.save(step, args=ocp.args.Composite(**items))
-            self.seal()
+            self._seal(manager, step)
         except Exception as error:
             _remove_unfinished(Path(manager.directory))
             if disk_full(error):
                 raise full_disk(self._dir, self.latest_step()) from None
             raise
+
+    def _seal(self, manager: ocp.CheckpointManager, saved: int | None = None) -> None:
+        """Write down the checksums of the step that was saved, and forget those of what is gone."""
+        if jax.process_index() != 0:
+            return
+        kind, steps = Path(manager.directory).name, manager.all_steps()
+        for file in (self._dir / "sums").glob(f"{kind}-*.json"):
+            if int(file.stem.rpartition("-")[2]) not in steps:
+                file.unlink()
+        if saved is not None:
+            file = _sums_file(self._dir, kind, saved)
+            file.parent.mkdir(exist_ok=True)
+            write_atomic(file, json.dumps(sums(self._dir / kind / str(saved)), indent=1) + "\n")
 
 
 def restore_params(stage_dir: Path, params: Any, which: str = "best") -> tuple[Any, int]:
@@ -151,9 +150,9 @@ def restore_params(stage_dir: Path, params: Any, which: str = "best") -> tuple[A
         raise UserError(f"{stage_dir} holds no {which} checkpoint; train that stage first")
     wanted = named(params)
     orbax_noise.quiet()
-    if damage := damages(stage_dir, directory.name).get(max(_steps(directory))):
-        raise UserError(f"the {which} checkpoint in {stage_dir} is damaged: {damage}; train that stage again")
     step = max(_steps(directory))
+    if (damage := _damage(stage_dir, directory.name, step)) is not None:
+        raise UserError(f"the {which} checkpoint in {stage_dir} is damaged: {damage}; train that stage again")
     with orbax_noise.failing_quietly(), ocp.PyTreeCheckpointer() as reader:
         place = directory.resolve() / str(step) / "params"
         shapes = {name: tuple(leaf.shape) for name, leaf in reader.metadata(place).item_metadata.items()}
@@ -175,20 +174,15 @@ def restore_params(stage_dir: Path, params: Any, which: str = "best") -> tuple[A
 def has_checkpoint(directory: Path) -> bool:
     """Whether a folder of checkpoints, or a stage directory, holds a whole one."""
     folders = (directory, directory / "checkpoints", directory / "best")
-    return any(entry.name.isdigit() for folder in folders if folder.is_dir() for entry in folder.iterdir())
+    return any(_steps(folder) for folder in folders)
 
 
-def damages(stage_dir: Path, kind: str) -> dict[int, str]:
-    """By step, what is wrong with a stage's ``checkpoints`` or ``best`` by their checksums, where they have some."""
-    out = {}
-    for step in sorted(_steps(stage_dir / kind)):
-        file = _sums_file(stage_dir, kind, step)
-        # Checksums that are damaged themselves say nothing of the checkpoint.
-        with contextlib.suppress(UserError):
-            found = difference(stage_dir / kind / str(step), read_json(file))
-            if found is not None:
-                out[step] = found
-    return out
+def _damage(stage_dir: Path, kind: str, step: int) -> str | None:
+    """What is wrong with one of a stage's ``checkpoints`` or ``best`` by its checksums; None too where it has none."""
+    # Checksums that are damaged themselves say nothing of the checkpoint.
+    with contextlib.suppress(UserError):
+        return difference(stage_dir / kind / str(step), read_json(_sums_file(stage_dir, kind, step)))
+    return None
 
 
 def _set_damaged_aside(stage_dir: Path, kind: str) -> None:
@@ -197,8 +191,9 @@ def _set_damaged_aside(stage_dir: Path, kind: str) -> None:
     Raises:
         UserError: there are checkpoints to go on from, and all of them are damaged.
     """
-    found, steps = damages(stage_dir, kind), _steps(stage_dir / kind)
-    whole = sorted(steps - found.keys())
+    looked = {step: _damage(stage_dir, kind, step) for step in sorted(_steps(stage_dir / kind))}
+    found = {step: damage for step, damage in looked.items() if damage is not None}
+    whole = [step for step, damage in looked.items() if damage is None]
     if found and kind == "checkpoints" and not whole:
         told = "; ".join(f"step {step}: {damage}" for step, damage in found.items())
         raise UserError(
