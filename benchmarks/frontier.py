@@ -5,9 +5,10 @@
 
 Families of students of one teacher, each at several sizes, named by the tokens of a window of equal bytes: a window
 alone, a window of ``--window`` with as many kept pairs for every key head, with as many as each head needs (by
-``--curves``), the same beside exact heads that see ``--reach`` tokens (by ``--heads``), and whole layers that keep
-softmax attention (those that need most, by the curves). None of these is trained, and nothing here was seen by curves
-or ranking. Trained students join by ``--students NAME=DIR``: a stage directory, a Flax or an HF directory each.
+``--curves``), the same beside exact heads (by ``--heads``) that see ``--reach`` tokens, or as many as the size pays
+for, and whole layers that keep softmax attention (those that need most, by the curves). None of these is trained, and
+nothing here was seen by curves or ranking. Trained students join by ``--students NAME=DIR``: a stage directory, a
+Flax or an HF directory each.
 
 Loss is in nats of the second half of ``--lengths`` tokens: in the beginnings of articles of ``--wiki``, and where those
 are too short in stretches of the last document of ``--book``. A needle is a string of five tokens told once in that
@@ -55,7 +56,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
     "pairs by need": (1024, 258, 512),
-    "pairs by need, 10% exact": (1024,),
+    "pairs by need, 10% exact": (1024, 512, 258),
     "pairs by need, 5% exact": (1024, 768),
     "window": (1024, 258, 512),
     "pairs alike": (1024, 258, 512),
@@ -88,6 +89,7 @@ def student(told: argparse.Namespace, config: ModelConfig, family: str, tokens: 
     if "% exact" in family:
         heads = choice.best(choice.read(told.heads), family.split()[-2], config)
         near = dataclasses.replace(near, softmax_heads=heads, retrieval_window=told.reach)
+        near = dataclasses.replace(near, retrieval_window=budgets.reach(limit, config, near))
     return budgets.spend(curves, limit, config, near).switches
 
 

@@ -7,7 +7,7 @@ The teacher is the hub id below, or a local copy with ``--teacher DIR``; the tex
 
 What to expect, by arithmetic alone; no run of this recipe has been measured:
 - the teacher has 1.24 B weights, 2.5 GB in bf16, which ``--mesh-fsdp`` splits over the devices;
-- stage 1 trains 0.9 M new weights (0.07% of the teacher's), stage 2 those and 1.2 M of LoRA (r=8 on q, k, v);
+- stage 1 trains 0.8 M new weights (0.07% of the teacher's), stage 2 those and 1.2 M of LoRA (r=8 on q, k, v);
 - 1,220 steps a stage of 8 sequences of 2,048 tokens;
 - generating needs 32.1 MiB a sequence at any length, as much as softmax attention's cache (32 KiB a token) at
   1,028 tokens (--state-bytes makes it any other size).

@@ -7,7 +7,7 @@ The teacher is the hub id below, or a local copy with ``--teacher DIR``; the tex
 
 What to expect, by arithmetic alone; no run of this recipe has been measured:
 - the teacher has 3.21 B weights, 6.4 GB in bf16, which ``--mesh-fsdp`` splits over the devices;
-- stage 1 trains 4.4 M new weights (0.14% of the teacher's), stage 2 those and 3.2 M of LoRA (r=8 on q, k, v);
+- stage 1 trains 3.9 M new weights (0.12% of the teacher's), stage 2 those and 3.2 M of LoRA (r=8 on q, k, v);
 - 1,220 steps a stage of 8 sequences of 2,048 tokens;
 - generating needs 112.4 MiB a sequence at any length, as much as softmax attention's cache (112 KiB a token) at
   1,028 tokens (--state-bytes makes it any other size).

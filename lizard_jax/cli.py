@@ -118,7 +118,7 @@ def override(config: RunConfig, values: dict[str, Any]) -> RunConfig:
 def with_preset(config: RunConfig, name: str, attention: dict[str, Any]) -> RunConfig:
     """The settings with another attention preset: its switches, then the recipe's changes, then these.
 
-    Feature width and state size that a recipe chose are its own preset's: another stays as published.
+    Feature width, exact heads and state size that a recipe chose are its own preset's: another stays as published.
 
     Raises:
         UserError: unknown preset, or switches that do not go together.
@@ -127,12 +127,10 @@ def with_preset(config: RunConfig, name: str, attention: dict[str, Any]) -> RunC
     names = [field.name for field in dataclasses.fields(LizardConfig)]
     changed = {field: getattr(ours, field) for field in names if getattr(ours, field) != getattr(base, field)}
     if name != config.preset:
-        for field in ("feature_half", "kept"):
+        for field in ("feature_half", "kept", "retrieval_window"):
             changed.pop(field, None)
-    size = config.state_bytes if name == config.preset else ""
-    return dataclasses.replace(
-        config, preset=name, state_bytes=size, attention=dataclasses.replace(preset(name), **{**changed, **attention})
-    )
+        config = dataclasses.replace(config, preset=name, state_bytes="", heads="")
+    return dataclasses.replace(config, attention=dataclasses.replace(preset(name), **{**changed, **attention}))
 
 
 def from_dict(kind: type, values: dict[str, Any]) -> Any:

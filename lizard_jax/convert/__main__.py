@@ -20,6 +20,9 @@ from lizard_jax.program import ended, program
 if TYPE_CHECKING:
     from lizard_jax.models.llama import Llama
 
+RETRIEVAL = 8192
+"""Tokens that exact heads see where nothing is said: as the recipes have it."""
+
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
@@ -54,13 +57,18 @@ def arguments() -> argparse.ArgumentParser:
     linear = commands.add_parser(
         "linearize",
         help="HF checkpoint to a student that was not trained",
-        description="Write a teacher as the student that stage 1 starts from: its own weights, a window with the real "
-        "first tokens, and a memory whose gates and share are measured on 8,192 tokens of text. No training.",
+        description="Write a teacher as a student without any training: its own weights, a window with the real first "
+        "tokens, and as much of the past as the state has room for, where it is worth most: a tenth of the key heads "
+        "whole, exact pairs for the others. A memory starts where 8,192 tokens of text say, as in stage 1.",
     )
     linear.add_argument("src", help="HF checkpoint directory or hub id (owner/name) of the teacher")
     linear.add_argument("--preset", default="lizard", help="attention preset (default %(default)s)")
     linear.add_argument("--window", type=int, default=128, help="tokens the window sees (default %(default)s)")
-    linear.add_argument("--memory", choices=("all", "evicted", "none"), help="none: a window alone (default: preset's)")
+    linear.add_argument(
+        "--memory", choices=("all", "evicted", "none"),
+        help="what the linear branch holds (default: none with preset lizard, for an untrained memory only costs; else "
+        "the preset's)",
+    )  # fmt: skip
     linear.add_argument(
         "--data", default="embedded", metavar="PATH",
         help="text to measure the start on: anything train.py takes (default: Python's own sources)",
@@ -70,28 +78,30 @@ def arguments() -> argparse.ArgumentParser:
         help="tokens read in one go, several windows (default %(default)s)",
     )  # fmt: skip
     linear.add_argument(
-        "--kept", type=int, default=0, metavar="X",
-        help="exact pairs a key head keeps of what left its window (default %(default)s)",
+        "--kept", type=int, metavar="X", help="as many exact pairs for every key head, in place of --state-bytes",
     )  # fmt: skip
     linear.add_argument(
-        "--state-bytes", default="", metavar="SIZE",
-        help="size of a sequence's state, as 16MiB or 258tokens (of a plain window): split among key heads by need",
+        "--state-bytes", metavar="SIZE",
+        help="size of a sequence's state, as 16MiB or 1024tokens (of a plain window): split among key heads by need "
+        "(default: 1024tokens with preset lizard, an eighth of a cache at 8,192)",
     )  # fmt: skip
     linear.add_argument(
         "--curves", default="", metavar="FILE",
         help="what each key head needs, from `lizard select --by error` (default: measured on --data)",
     )  # fmt: skip
     linear.add_argument(
-        "--feature-half", type=int, default=0, metavar="N",
-        help="half-width of the feature map; 0 leaves it to the preset (default %(default)s)",
+        "--feature-half", type=int, metavar="N",
+        help="half-width of a memory's feature map (default: the head width)",
     )  # fmt: skip
     linear.add_argument(
-        "--heads", default="", metavar="FILE:N",
-        help="key heads that keep softmax attention: FILE:N or FILE:10%% of `lizard select`, or auto:10%%",
+        "--heads", metavar="FILE:N",
+        help="key heads that keep softmax attention: FILE:N or FILE:10%% of `lizard select`, auto:10%%, or nothing "
+        "(default: auto:10%% beside --state-bytes with preset lizard)",
     )  # fmt: skip
     linear.add_argument(
-        "--retrieval-window", type=int, default=0, metavar="W",
-        help="tokens that those see, beside the first; 0 keeps all in a growing cache (default %(default)s)",
+        "--retrieval-window", type=int, metavar="W",
+        help="tokens that those see, beside the first; 0 keeps all in a growing cache (default: 8192, or as many as "
+        "--state-bytes pays for)",
     )  # fmt: skip
     for command in (to_flax, to_hf, linear):
         command.add_argument("dst", help="directory to write; it must not exist or be empty, and appears whole or not")
@@ -138,7 +148,7 @@ def flax2hf(src: str, dst: str, *, adapter: bool, teacher: str | None = None) ->
 
 def linearize(
     src: str, dst: str, *, preset: str, window: int, data: str, length: int, memory: str | None = None,
-    heads: str = "", retrieval_window: int = 0, kept: int = 0, feature_half: int = 0,
+    heads: str = "", retrieval_window: int | None = None, kept: int = 0, feature_half: int = 0,
     state_bytes: str = "", curves: str = "",
 ) -> str:  # fmt: skip
     """Runs ``linearize`` and returns the lines that say what was measured and written."""
@@ -160,14 +170,16 @@ def linearize(
     if heads:
         from lizard_jax.select.choice import resolved
 
+        reach = max(RETRIEVAL, window) if retrieval_window is None else retrieval_window
         chosen = resolved(heads, locate(src), window)
-        attention = dataclasses.replace(attention, softmax_heads=chosen, retrieval_window=retrieval_window)
+        attention = dataclasses.replace(attention, softmax_heads=chosen, retrieval_window=reach)
     text = config.DataConfig(path=data, sequence_length=length, batch_size=1, segment_mask=False)
     said = []
     if state_bytes:
         from lizard_jax.select import budgets
 
-        spent = budgets.split(state_bytes, locate(src), attention, text, curves)
+        follows = retrieval_window is None
+        spent = budgets.split(state_bytes, locate(src), attention, text, curves, reach_follows=follows)
         attention = spent.switches
         said.append(spent.summary())
     with _Bar("reading") as progress:
@@ -175,6 +187,18 @@ def linearize(
     with _Bar("writing") as progress:
         save_hf(model, dst, source=src, progress=progress)
     return "\n".join([*said, *([start.summary()] if start else []), _state(model), _summary(model, dst)])
+
+
+def untrained(told: argparse.Namespace) -> argparse.Namespace:
+    """What the command line left open of ``linearize``: the best that is known without training (docs/recipe.md)."""
+    ours = told.preset == "lizard"
+    if told.memory is None and ours and told.feature_half is None:
+        told.memory = "none"
+    if told.state_bytes is None:
+        told.state_bytes = "1024tokens" if ours and told.kept is None and told.memory != "all" else ""
+    if told.heads is None:
+        told.heads = "auto:10%" if ours and told.state_bytes else ""
+    return told
 
 
 def _state(model: "Llama") -> str:
@@ -221,24 +245,26 @@ def _summary(model: object, dst: str) -> str:
 
 def main() -> int:
     """Runs the command line; returns the exit code."""
-    # Conversion computes nothing: the accelerator's memory is left to others.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     return ended(_main, interrupted="interrupted; nothing was written")
 
 
 def _main() -> int:
     told = arguments().parse_args()
-    if told.command == "hf2flax":
-        print(hf2flax(told.src, told.dst))
-    elif told.command == "linearize":
+    if told.command == "linearize":
+        told = untrained(told)
         print(
             linearize(
                 told.src, told.dst, preset=told.preset, window=told.window, data=told.data,
                 length=told.sequence_length, memory=told.memory, heads=told.heads,
-                retrieval_window=told.retrieval_window, kept=told.kept, feature_half=told.feature_half,
+                retrieval_window=told.retrieval_window, kept=told.kept or 0, feature_half=told.feature_half or 0,
                 state_bytes=told.state_bytes, curves=told.curves,
             )
         )  # fmt: skip
+        return 0
+    # Conversion computes nothing: the accelerator's memory is left to others.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if told.command == "hf2flax":
+        print(hf2flax(told.src, told.dst))
     else:
         print(flax2hf(told.src, told.dst, adapter=told.adapter, teacher=told.teacher))
     return 0

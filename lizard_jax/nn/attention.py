@@ -22,7 +22,11 @@ def mixer_of(config: ModelConfig, layer_index: int, *, rngs: nnx.Rngs) -> Softma
     exact = config.attention.exact_heads(layer_index)
     if len(exact) == config.kv_heads:
         reach = config.attention.retrieval_window
-        return LizardMixer(ring_of(config, len(exact)), rngs=rngs) if reach else SoftmaxMixer(config, layer_index)
+        return (
+            LizardMixer(ring_of(config, len(exact), layer_index), rngs=rngs)
+            if reach
+            else SoftmaxMixer(config, layer_index)
+        )
     found = classes(config, layer_index)
     if exact or len(found) > 1:
         return SplitMixer(config, layer_index, rngs=rngs)

@@ -59,11 +59,14 @@ def of_heads(config: ModelConfig, kv_heads: int, **attention: object) -> ModelCo
     return dataclasses.replace(config, num_heads=kv_heads * group, kv_heads=kv_heads, attention=switches)
 
 
-def ring_of(config: ModelConfig, kv_heads: int) -> ModelConfig:
-    """The configuration of that many exact key heads that see ``retrieval_window`` tokens and the first few."""
+def ring_of(config: ModelConfig, kv_heads: int, layer: int) -> ModelConfig:
+    """The configuration of that many exact key heads that see ``retrieval_window`` tokens and the first few; no more
+    than the teacher's own sliding window, where it has one.
+    """
     assert config.attention is not None
+    reach, own = config.attention.retrieval_window, SoftmaxMixer(config, layer).window
     return of_heads(
-        config, kv_heads, memory="none", combine="joint", meta="prefix", window=config.attention.retrieval_window,
+        config, kv_heads, memory="none", combine="joint", meta="prefix", window=min(reach, own or reach),
         retrieval_window=0, kept=0,
     )  # fmt: skip
 
@@ -73,8 +76,8 @@ class SplitMixer(nnx.Module):
 
     ``short`` is the ``LizardMixer`` of the first class of linearized heads and ``more`` those of the others; they hold
     all parameters. Exact heads, where there are any, are the teacher's with a cache that grows; or, with
-    ``retrieval_window``, they see as many last tokens and the first ``meta_tokens`` of their document, and their state
-    has one size.
+    ``retrieval_window``, they see as many last tokens (``ring_of``) and the first ``meta_tokens`` of their document,
+    and their state has one size.
     """
 
     def __init__(self, config: ModelConfig, layer_index: int, *, rngs: nnx.Rngs):
@@ -92,7 +95,7 @@ class SplitMixer(nnx.Module):
         self.short, self.more = first, nnx.List(others)
         self.whole = nnx.data(SoftmaxMixer(of_heads(config, len(self.exact)), layer_index) if self.exact else None)
         bounded = self.exact and config.attention.retrieval_window > 0
-        self.ring = nnx.data(LizardMixer(ring_of(config, len(self.exact)), rngs=rngs) if bounded else None)
+        self.ring = nnx.data(LizardMixer(ring_of(config, len(self.exact), layer_index), rngs=rngs) if bounded else None)
 
     @property
     def linearized(self) -> tuple[LizardMixer, ...]:

@@ -46,6 +46,8 @@ SHARES = (0.0, 0.25, 1.0, 4.0, 16.0)
 """Kept pairs that a head may have, in windows; finer steps gain nothing (docs/recipe.md)."""
 TOKENS = 8192
 """Tokens of text that curves are measured on."""
+EXACT_SHARE = 0.92
+"""Of what windows and memory leave of a state, how much bounded exact heads may take."""
 LENGTH = 8192
 """Tokens at which a growing cache is counted where nothing is said."""
 SIZE = re.compile(r"([^@]+?)(?:@(\d{1,8}))?")
@@ -241,10 +243,12 @@ class Spent:
     def summary(self) -> str:
         """The line that the log shows."""
         kept = [kept for _, kept in self.switches.own_budgets.values()]
-        most = f"of up to {max(kept):,} kept pairs" if kept else "and no kept pairs"
+        exact, reach = len(self.switches.softmax_heads), self.switches.retrieval_window
+        heads = [f"{exact} exact {f'for {reach:,} tokens' if reach else 'in a growing cache'}"] if exact else []
+        heads.append(f"{len(kept)} with up to {max(kept):,} kept pairs" if kept else "none with kept pairs")
         return (
-            f"state: {self.bytes / 2**20:.2f} MiB a sequence; windows of {self.switches.window}, {len(kept)} key heads "
-            f"with pairs, {most}"
+            f"state: {self.bytes / 2**20:.2f} MiB a sequence; windows of {self.switches.window}; of the key heads "
+            f"{', '.join(heads)}"
         )
 
 
@@ -304,6 +308,20 @@ def hull(prices: Sequence[int], curves: Curves, layer: int, head: int) -> list[t
     return steps
 
 
+def reach(limit: Size, config: ModelConfig, switches: LizardConfig) -> int:
+    """Tokens that exact heads see: as ``retrieval_window`` says, or fewer, so that beyond windows and memory they take
+    no more than ``EXACT_SHARE`` of a size.
+
+    At an eighth of the cache at 8,192 tokens, a tenth of the heads see just these.
+    """
+    least, more = (
+        state_bytes(replace(config, attention=replace(switches, retrieval_window=n, kept=0, budgets=())), limit.length)
+        for n in (switches.window, switches.window + 1)
+    )
+    spare = max(0, int(EXACT_SHARE * (limit.bytes - least)))
+    return min(switches.retrieval_window, switches.window + spare // (more - least))
+
+
 def split(
     text: str,
     source: Path,
@@ -313,14 +331,20 @@ def split(
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
+    reach_follows: bool = False,
 ) -> Spent:
     """What ``--state-bytes`` and ``--curves`` ask for: the curves of the file, or measured on the text.
+
+    Args:
+        reach_follows: a bounded reach of exact heads may shrink to what the size pays for (``reach``).
 
     Raises:
         UserError: as ``size``, ``read``, ``automatic`` and ``spend`` do.
     """
     shape = model_config(read_json(source / "config.json"))
     limit = size(text, shape, switches)
+    if reach_follows and switches.softmax_heads and switches.retrieval_window:
+        switches = replace(switches, retrieval_window=reach(limit, shape, switches))
     found = read(curves) if curves else automatic(source, switches, data, dtype=dtype, mesh=mesh)
     return spend(found, limit, shape, switches)
 

@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from pydantic import BaseModel, ConfigDict, ValidationError
+from tqdm import tqdm
 
 from lizard_jax.config import ModelConfig
 from lizard_jax.convert.files import read_json
@@ -107,7 +109,9 @@ def automatic(source: Path, window: int, mesh: Mesh | None = None) -> Ranking:
     length = min(LENGTH, model.config.max_positions)
     if length <= window:
         raise UserError(f"the teacher's context of {length} tokens is no longer than the window of {window}")
-    return ranking("retrieval", retrieval_scores(model, make(measure, length, SAMPLES, seed=0)))
+    texts, quiet = make(measure, length, SAMPLES, seed=0), None if jax.process_index() == 0 else True
+    with tqdm(total=SAMPLES, desc="choosing key heads", unit=" texts", disable=quiet, leave=False) as bar:
+        return ranking("retrieval", retrieval_scores(model, texts, tick=bar.update))
 
 
 def resolved(spec: str, source: Path, window: int, mesh: Mesh | None = None) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from lizard_jax import sharding
 from lizard_jax.atomic import write_atomic
-from lizard_jax.cli import flatten, from_dict, override
+from lizard_jax.cli import flatten, from_dict
 from lizard_jax.config import ModelConfig, RunConfig, to_dict
 from lizard_jax.convert.files import carry, read_json, teacher_dir
 from lizard_jax.convert.hf_config import model_config
@@ -26,158 +26,25 @@ from lizard_jax.convert.load import load_hf
 from lizard_jax.convert.save import save_hf
 from lizard_jax.data.loader import Loader
 from lizard_jax.data.text import load_tokenizer
-from lizard_jax.embedded import budgets_path, teacher_config
+from lizard_jax.embedded import teacher_config
 from lizard_jax.errors import UserError
 from lizard_jax.lora import add_lora
 from lizard_jax.models import Llama
 from lizard_jax.models import build as build_model
 from lizard_jax.nn.params import NewParam
 from lizard_jax.nn.rope import segment_positions
-from lizard_jax.select import budgets
-from lizard_jax.select.choice import resolved
 from lizard_jax.train import checkpoint, report, stages, start
 from lizard_jax.train.lock import alone
 from lizard_jax.train.loop import Trainer
+from lizard_jax.train.settle import begun, continued, settled, stage_dir
 from lizard_jax.train.teacher import find_teacher, fingerprint, whereabouts
 from pallas_kernels import partition
 
 # A resumed run may differ in these: where it lies, on what, how often it saves, and paths that fingerprints stand for.
 MAY_CHANGE = ("out", "mesh.", "validate_every", "save_every", "teacher", "data.path", "data.date")
 
-# What stage 2 takes over from stage 1, unless the command line says otherwise: what it adapts, and the text.
-CARRIED = (
-    "teacher", "preset", "attention", "heads", "state_bytes", "curves", "data.path", "data.format", "data.separator",
-    "data.split", "data.text_column", "data.held_out", "data.segment_mask", "data.date",
-)  # fmt: skip
-
 LEAST_BEYOND = 0.1
 """Share of positions beyond the window in their document, below which a run warns."""
-
-
-def stage_dir(config: RunConfig, stage: int | None = None) -> Path:
-    """``OUT/stageK``; OUT defaults to ``runs/RECIPE``."""
-    out = Path(config.out).expanduser() if config.out else Path("runs") / config.recipe
-    return out / f"stage{config.stage if stage is None else stage}"
-
-
-def continued(config: RunConfig, given: frozenset[str]) -> RunConfig:
-    """Stage 2's settings with stage 1's teacher, attention and text, except for what the command line gives.
-
-    An attention without modules of its own has no stage 1, and starts here.
-
-    Raises:
-        UserError: there is no stage 1, or the command line asks for another attention or teacher than its.
-    """
-    if config.stage != 2:
-        return config
-    first = stage_dir(config, 1)
-    if not config.attention.adds_modules and not first.exists():
-        return config
-    if not checkpoint.has_checkpoint(first / "best"):
-        raise UserError(f"{first} holds no stage 1 to continue from; run train.py --stage=1 with the same --out first")
-    record = checkpoint.read_json(first / "run.json")
-    before = from_dict(RunConfig, record["config"])
-    old, new = flatten(before), flatten(config)
-    if "teacher" not in given and old["teacher"] != "embedded":
-        # As typed it may have meant something else than it does from here.
-        old["teacher"] = str(find_teacher(first, record))
-    taken = {key: old[key] for key in new if key.startswith(CARRIED)}
-    asked = {key: new[key] for key in given if key in taken}
-    fixed = [
-        f"{key}={asked[key]!r}"
-        for key in asked
-        if key.startswith(("attention", "preset", "heads", "state_bytes")) and asked[key] != old[key]
-    ]
-    if fixed:
-        raise UserError(f"stage 1 in {first} was trained with other settings than {', '.join(fixed)}; leave them out")
-    values = taken | asked
-    return override(config, {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
-
-
-def dated(config: RunConfig, place: Path) -> RunConfig:
-    """The settings with the date that chat templates are told: as given, or the day the run began."""
-    if config.data.date:
-        return config
-    began = None
-    if (place / "run.json").is_file():
-        began = checkpoint.read_json(place / "run.json")["config"]["data"].get("date")
-    return override(config, {"data.date": began or date.today().isoformat()})
-
-
-def with_batch(config: RunConfig, given: frozenset[str], place: Path, mesh: Mesh) -> RunConfig:
-    """The settings with a batch that divides over the mesh: as given, as a begun run has it, or the recipe's with as
-    many rows more as it takes.
-    """
-    if "data.batch_size" in given:
-        return config
-    rows, parts = config.data.batch_size, sharding.row_devices(mesh)
-    if (place / "run.json").is_file():
-        begun = from_dict(RunConfig, checkpoint.read_json(place / "run.json")["config"])
-        return override(config, {"data.batch_size": begun.data.batch_size})
-    if rows % parts == 0:
-        return config
-    more = -(-rows // parts) * parts
-    if jax.process_index() == 0:
-        print(f"note: {more} rows a step instead of {rows}, for {parts} devices", file=sys.stderr, flush=True)
-    return override(config, {"data.batch_size": more})
-
-
-def with_heads(
-    config: RunConfig, given: frozenset[str], place: Path, source: Path, mesh: Mesh | None = None
-) -> RunConfig:
-    """The settings with the key heads that ``--heads`` names, as a stage 1 or a begun run chose them if there is one.
-
-    Raises:
-        UserError: no such ranking, or one of another model; or heads are named twice.
-    """
-    if not config.heads or config.stage == 0:
-        return config
-    if "attention.softmax_heads" in given:
-        raise UserError("--heads and --softmax-heads both name key heads; give one of them")
-    if config.attention.softmax_heads:
-        return config
-    if (place / "run.json").is_file():
-        begun = from_dict(RunConfig, checkpoint.read_json(place / "run.json")["config"])
-        if begun.heads == config.heads:
-            return override(config, {"attention.softmax_heads": begun.attention.softmax_heads})
-    if config.heads.startswith("auto") and jax.process_index() == 0:
-        print("choosing key heads by what they retrieve …", file=sys.stderr, flush=True)
-    return override(config, {"attention.softmax_heads": resolved(config.heads, source, config.attention.window, mesh)})
-
-
-def with_budgets(
-    config: RunConfig, given: frozenset[str], place: Path, source: Path, mesh: Mesh | None = None
-) -> RunConfig:
-    """The settings with what each key head may keep, so that the state is as large as ``--state-bytes`` says; as a
-    stage 1 or a begun run split it if there is one.
-
-    Raises:
-        UserError: no such size or curves, one that is too small, or budgets that are given already.
-    """
-    if not config.state_bytes or config.stage == 0:
-        return config
-    told = sorted(given & {"attention.kept", "attention.budgets"})
-    if "state_bytes" not in given and (told or config.attention.memory == "all"):
-        return override(config, {"state_bytes": ""})  # the recipe's own; what holds all tokens keeps no pairs beside
-    if told:
-        raise UserError(f"--state-bytes says what is kept; leave out --{told[0].removeprefix('attention.')}")
-    if config.attention.budgets:
-        return config
-    if (place / "run.json").is_file():
-        begun = from_dict(RunConfig, checkpoint.read_json(place / "run.json")["config"])
-        if (begun.state_bytes, begun.curves) == (config.state_bytes, config.curves):
-            own = {"attention.budgets": begun.attention.budgets, "attention.kept": begun.attention.kept}
-            return override(config, own)
-    curves = config.curves
-    default = (config.teacher, config.data.path) == ("embedded", "embedded")
-    if not curves and default and budgets.read(budgets_path()).window == config.attention.window:
-        curves = str(budgets_path())
-    spent = budgets.split(
-        config.state_bytes, source, config.attention, config.data, curves, dtype=config.dtype, mesh=mesh
-    )
-    if jax.process_index() == 0:
-        print(spent.summary(), file=sys.stderr, flush=True)
-    return override(config, {"attention.budgets": spent.switches.budgets, "attention.kept": spent.switches.kept})
 
 
 def check(config: RunConfig) -> None:
@@ -307,11 +174,8 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
     check(config)
     mesh = sharding.make_mesh(config.mesh)
     place = stage_dir(config)
-    config = with_batch(config, given, place, mesh)
-    sharding.check_batch(config.data.batch_size, mesh)
     source = teacher_dir(config.teacher)
-    config = with_heads(dated(config, place), given, place, source, mesh)
-    config = with_budgets(config, given, place, source, mesh)
+    config = settled(config, given, begun(place), source, mesh)
     record = _record(config, source)
     if config.stage == 2 and config.attention.adds_modules:
         first = checkpoint.read_json(stage_dir(config, 1) / "run.json")

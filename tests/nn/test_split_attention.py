@@ -109,6 +109,24 @@ def test_chunks_and_steps_are_the_full_forward(form):
             mixer.init_state(2, None, jnp.float32)
 
 
+def test_exact_heads_see_no_more_than_the_teacher_did():
+    """A reach beyond the teacher's own sliding window is that window, in a layer that slides."""
+    attention = dataclasses.replace(ATTENTION, retrieval_window=20)
+
+    def ring(layer: int, **more) -> int:
+        config = ModelConfig("mistral", 11, 10, 8, 2, HEADS, KV, WIDTH, 64, attention=attention, **more)
+        attention_of = dataclasses.replace(attention, softmax_heads=(f"{layer}.1",))
+        mixer = mixer_of(dataclasses.replace(config, attention=attention_of), layer, rngs=nnx.Rngs(0))
+        assert isinstance(mixer, SplitMixer)
+        assert mixer.ring is not None
+        return mixer.ring.switches.window
+
+    assert ring(0) == 20
+    assert ring(0, sliding_window=12) == 12
+    assert ring(0, sliding_window=40) == 20
+    assert [ring(layer, sliding_window=12, sliding_window_layers=(1,)) for layer in (0, 1)] == [20, 12]
+
+
 def test_a_layer_is_what_its_heads_make_it():
     def kind(*heads: str, layer: int = 0, **more) -> object:
         attention = dataclasses.replace(ATTENTION, softmax_heads=heads, **more)

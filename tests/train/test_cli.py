@@ -58,8 +58,10 @@ def test_a_preset_keeps_the_recipes_own_changes_and_the_command_line_wins(name):
 def test_another_preset_keeps_its_own_feature_width_and_keeps_no_pairs():
     ours, _ = cli.parse(["--config", "llama3_8b"])
     assert (ours.attention.window, ours.state_bytes, ours.attention.feature_half) == (128, "1024tokens", 32)
+    assert (ours.heads, ours.attention.retrieval_window) == ("auto:10%", 8192)
     theirs, _ = cli.parse(["--config", "llama3_8b", "--preset", "lolcats"])
     assert (theirs.attention.window, theirs.state_bytes, theirs.attention.feature_half) == (128, "", 0)
+    assert (theirs.heads, theirs.attention.retrieval_window) == ("", 0)
     asked, _ = cli.parse(["--config", "llama3_8b", "--preset", "lolcats", "--feature-half", "16"])
     assert asked.attention.feature_half == 16
 

@@ -47,6 +47,38 @@ def test_linearize_writes_a_student_that_was_not_trained(tmp_path):
     assert loss(teacher) < loss(student) < loss(alone)
 
 
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("", ("none", "1024tokens", "auto:10%")),
+        ("--state-bytes 5MiB --heads=", ("none", "5MiB", "")),
+        ("--kept 9", ("none", "", "")),
+        ("--memory evicted", ("evicted", "1024tokens", "auto:10%")),
+        ("--feature-half 16", (None, "1024tokens", "auto:10%")),
+        ("--preset lolcats", (None, "", "")),
+        ("--preset lolcats --state-bytes 5MiB", (None, "5MiB", "")),
+    ],
+)
+def test_what_is_not_said_is_the_best_that_is_known_without_training(line, wanted):
+    told = convert.untrained(convert.arguments().parse_args(["linearize", "teacher", "student", *line.split()]))
+    assert (told.memory, told.state_bytes, told.heads) == wanted
+
+
+def test_the_command_alone_makes_the_best_student(tmp_path, monkeypatch, capsys):
+    """A tenth of the key heads whole for as long as the size pays for, pairs by need, no memory; constant in length."""
+    student, line = tmp_path / "student", "--window 16 --sequence-length 128 --state-bytes 48tokens"
+    monkeypatch.setattr("sys.argv", ["convert.py", "linearize", str(teacher_path()), str(student), *line.split()])
+    assert convert.main() == 0
+    told = capsys.readouterr().out
+    attention = load_hf(student).config.attention
+    assert attention is not None
+    assert (attention.memory, len(attention.softmax_heads)) == ("none", 1)
+    assert 16 < attention.retrieval_window < 48 * 12
+    assert f"of the key heads 1 exact for {attention.retrieval_window} tokens, " in told
+    assert "at any length" in told
+    assert not (student / "lizard.safetensors").exists()
+
+
 def test_linearize_refuses_texts_that_never_leave_the_window(tmp_path):
     with pytest.raises(UserError, match="never leave the window of 32"):
         convert.linearize(

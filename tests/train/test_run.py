@@ -27,9 +27,11 @@ from lizard_jax.errors import UserError
 from lizard_jax.models import build
 from lizard_jax.nn.params import LoraParam, NewParam
 from lizard_jax.select import choice
+from lizard_jax.select.budgets import Curves
 from lizard_jax.train import __main__ as train
 from lizard_jax.train.checkpoint import named
-from lizard_jax.train.run import continued, fingerprint, load_run, short_text, with_batch, with_budgets, with_heads
+from lizard_jax.train.run import fingerprint, load_run, short_text
+from lizard_jax.train.settle import begun, continued, with_batch, with_budgets, with_heads
 from tests.train.tiny import MODEL, mesh_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,7 +99,8 @@ def test_heads_of_a_ranking_keep_softmax_through_both_stages(tmp_path, line, tea
     assert all(np.abs(np.asarray(new[name] - fresh[name])).max() > 0 for name in new)
     file.unlink()
     config = override(load_recipe("tiny", 1), {"heads": f"{file}:1"})
-    assert with_heads(config, frozenset(), tmp_path / "run" / "stage1", teacher).attention.softmax_heads == ("0.1",)
+    earlier = begun(tmp_path / "run" / "stage1")
+    assert with_heads(config, frozenset(), earlier, teacher).attention.softmax_heads == ("0.1",)
     assert train.main(["--stage=2", *line, "--kept", "4", "--out", str(tmp_path / "run")]) == 0
     attention = load_run(tmp_path / "run" / "stage2")[0].config.attention
     assert (attention.softmax_heads, attention.kept) == (("0.1",), 4)
@@ -122,7 +125,8 @@ def test_a_state_of_that_size_is_split_among_heads_through_both_stages(tmp_path,
     assert first.budgets
     assert first.kept == 0
     again = override(load_recipe("tiny", 1), {"state_bytes": "16tokens"})
-    assert with_budgets(again, frozenset(), tmp_path / "run" / "stage1", teacher).attention.budgets == first.budgets
+    earlier = begun(tmp_path / "run" / "stage1")
+    assert with_budgets(again, frozenset(), earlier, teacher).attention.budgets == first.budgets
     second = override(load_recipe("tiny", 2), {"out": str(tmp_path / "run")})
     assert continued(second, frozenset()).attention == first
     capsys.readouterr()
@@ -136,7 +140,7 @@ def test_a_state_of_that_size_is_split_among_heads_through_both_stages(tmp_path,
 def test_heads_are_chosen_automatically(tmp_path, teacher):
     """The minute teacher's context of 64 tokens holds a needle and its question."""
     config = override(load_recipe("tiny", 1), {"heads": "auto:1", "attention.window": 8, "attention.chunk": 8})
-    chosen = with_heads(config, frozenset(), tmp_path, teacher, mesh_of(fsdp=8))
+    chosen = with_heads(config, frozenset(), None, teacher, mesh_of(fsdp=8))
     assert chosen.attention.softmax_heads in (("0.0",), ("0.1",))
 
 
@@ -328,12 +332,37 @@ def test_bad_input_is_one_line_code_2_and_leaves_nothing(more, told, line, tmp_p
 def test_the_recipes_batch_follows_the_mesh(tmp_path, capsys):
     config = override(load_recipe("tiny", 1), {"data.batch_size": 3})
     mesh = mesh_of(data=2, fsdp=4)
-    assert with_batch(config, frozenset({"data.batch_size"}), tmp_path, mesh) is config  # as given, to be refused
-    assert with_batch(config, frozenset(), tmp_path, mesh).data.batch_size == 8
+    assert with_batch(config, frozenset({"data.batch_size"}), None, mesh) is config  # as given, to be refused
+    assert begun(tmp_path) is None
+    assert with_batch(config, frozenset(), None, mesh).data.batch_size == 8
     assert capsys.readouterr().err == "note: 8 rows a step instead of 3, for 8 devices\n"
-    begun = override(config, {"data.batch_size": 16})
-    (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(begun)}))
-    assert with_batch(config, frozenset(), tmp_path, mesh).data.batch_size == 16
+    (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(override(config, {"data.batch_size": 16}))}))
+    assert with_batch(config, frozenset(), begun(tmp_path), mesh).data.batch_size == 16
+
+
+def test_a_reach_that_was_not_given_is_what_the_size_pays_for(tmp_path, teacher):
+    """Exact heads see less where a state is small, and just what was asked for where it was."""
+    changes = {"attention.window": 8, "attention.chunk": 8, "attention.feature_half": 2}
+    changes |= {"attention.softmax_heads": ("0.1",), "attention.retrieval_window": 64, "state_bytes": "24tokens"}
+    changes |= {"curves": str(tmp_path / "curves.json")}
+    curves = Curves(window=8, kept=[0, 2, 8], errors=[[[0.3, 0.2, 0.1]] * 2])
+    (tmp_path / "curves.json").write_text(curves.model_dump_json())
+    config = override(load_recipe("tiny", 1), changes)
+    fits = with_budgets(config, frozenset(), None, teacher).attention
+    assert 8 < fits.retrieval_window < 48
+    wide = with_budgets(override(config, {"state_bytes": "1MiB"}), frozenset(), None, teacher).attention
+    assert wide.retrieval_window == 64
+    with pytest.raises(UserError, match="too small"):
+        with_budgets(config, frozenset({"attention.retrieval_window"}), None, teacher)
+    (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(override(config, {"attention": fits}))}))
+    again = override(config, {"attention.retrieval_window": 60})
+    assert with_budgets(again, frozenset(), begun(tmp_path), teacher).attention == fits
+
+
+def test_heads_named_by_hand_take_the_place_of_the_recipes(teacher):
+    config = override(load_recipe("llama3_2_1b", 1), {"attention.softmax_heads": ("0.1",)})
+    named_by_hand = with_heads(config, frozenset({"attention.softmax_heads"}), None, teacher)
+    assert (named_by_hand.heads, named_by_hand.attention.softmax_heads) == ("", ("0.1",))
 
 
 def test_a_tokenizer_beyond_the_vocabulary_is_refused(line, tmp_path, capsys):
