@@ -62,7 +62,7 @@ def step_against_forward(width: int, length: int, layers: int, repeats: int) -> 
     model = build(decoder(width, layers, window=128), rngs=nnx.Rngs(0))
     batch = batch_of(1, length)
     run = RunConfig(stage=1)
-    options = stages.compiler_options(run)
+    options = stages.compiler_options(run, jax.default_backend())
     step = jax.jit(lambda model, batch: stages.loss_and_grads(run, model, batch), compiler_options=options)
     forward = jax.jit(lambda model, batch: model.hidden(batch.inputs))
     teacher = stages.teacher_of(model)
@@ -81,7 +81,7 @@ def temporary_bytes(width: int, length: int, layers: int) -> dict[str, int]:
         return stages.loss_and_grads(run, nnx.merge(graph, params), batch)
 
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.asarray(x).dtype), batch_of(2, length))
-    compiled = jax.jit(step, compiler_options=stages.compiler_options(run))
+    compiled = jax.jit(step, compiler_options=stages.compiler_options(run, jax.default_backend()))
     memory = compiled.lower(params, abstract).compile().memory_analysis()
     assert memory is not None
     grads = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(model, NewParam)))

@@ -2,14 +2,14 @@
 
 import dataclasses
 
-from lizard_jax.config import DataConfig, OptimConfig, RunConfig, preset
+from lizard_jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, preset
 
 
-def published(recipe: str, teacher: str, *, head_dim: int) -> dict[int, RunConfig]:
+def published(recipe: str, teacher: str, shape: ModelConfig) -> dict[int, RunConfig]:
     """Stages 1 and 2: 20 M tokens each, 1,220 steps of 8 x 2048, learning rate 1e-2 then 5e-4.
 
     A window of 128 and a quarter of the features; the tenth of the key heads that retrieve sees up to 8,192 tokens, and
-    the others keep exact pairs, as many as each needs: the bytes of an eighth of the teacher's cache at 8,192 tokens, at
+    the others keep exact pairs, as many as each needs: in all an eighth of the cache at 8,192 tokens, at
     any length. On SmolLM2, at equal bytes, far better than all of the features, a wider window, or as many pairs for
     every head; without exact heads the loss is lower, and nothing is found again that was said thousands of tokens ago.
 
@@ -21,7 +21,9 @@ def published(recipe: str, teacher: str, *, head_dim: int) -> dict[int, RunConfi
         stage=1,
         teacher=teacher,
         dtype="bfloat16",
-        attention=dataclasses.replace(preset("lizard"), window=128, feature_half=head_dim // 4, retrieval_window=8192),
+        attention=dataclasses.replace(
+            preset("lizard"), window=128, feature_half=shape.head_dim // 4, retrieval_window=8192
+        ),
         heads="auto:10%",
         state_bytes="1024tokens",
         data=DataConfig(path="yahma/alpaca-cleaned", sequence_length=2048, batch_size=8, segment_mask=False),

@@ -13,8 +13,14 @@ What to expect, by arithmetic alone; no run of this recipe has been measured:
   1,028 tokens (--state-bytes makes it any other size).
 """
 
-from lizard_jax.config import RunConfig
+from lizard_jax.config import ModelConfig, RopeConfig, RunConfig
 
 from ._published import published
 
-RECIPE: dict[int, RunConfig] = published("llama3_2_3b", teacher="meta-llama/Llama-3.2-3B", head_dim=128)
+SHAPE = ModelConfig(
+    "llama", 128256, 3072, 8192, 28, 24, 8, 128, 131072,
+    rope=RopeConfig(theta=500000.0, kind="llama3", factor=32.0), tie_embeddings=True,
+)  # fmt: skip
+"""The teacher, for planning where it is not at hand."""
+
+RECIPE: dict[int, RunConfig] = published("llama3_2_3b", "meta-llama/Llama-3.2-3B", SHAPE)

@@ -13,8 +13,14 @@ What to expect, by arithmetic alone; no run of this recipe has been measured:
   1,028 tokens (--state-bytes makes it any other size).
 """
 
-from lizard_jax.config import RunConfig
+from lizard_jax.config import ModelConfig, RopeConfig, RunConfig
 
 from ._published import published
 
-RECIPE: dict[int, RunConfig] = published("llama3_8b", teacher="meta-llama/Meta-Llama-3-8B", head_dim=128)
+SHAPE = ModelConfig(
+    "llama", 128256, 4096, 14336, 32, 32, 8, 128, 8192,
+    rope=RopeConfig(theta=500000.0),
+)  # fmt: skip
+"""The teacher, for planning where it is not at hand."""
+
+RECIPE: dict[int, RunConfig] = published("llama3_8b", "meta-llama/Meta-Llama-3-8B", SHAPE)

@@ -13,8 +13,14 @@ What to expect, by arithmetic alone; no run of this recipe has been measured:
   1,028 tokens (--state-bytes makes it any other size).
 """
 
-from lizard_jax.config import RunConfig
+from lizard_jax.config import ModelConfig, RopeConfig, RunConfig
 
 from ._published import published
 
-RECIPE: dict[int, RunConfig] = published("mistral_7b", teacher="mistralai/Mistral-7B-v0.1", head_dim=128)
+SHAPE = ModelConfig(
+    "mistral", 32000, 4096, 14336, 32, 32, 8, 128, 32768,
+    rope=RopeConfig(theta=10000.0), sliding_window=4096,
+)  # fmt: skip
+"""The teacher, for planning where it is not at hand."""
+
+RECIPE: dict[int, RunConfig] = published("mistral_7b", "mistralai/Mistral-7B-v0.1", SHAPE)

@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from lizard_jax.config import LizardConfig, RunConfig, preset, to_dict
+from lizard_jax.config import LizardConfig, ModelConfig, RunConfig, preset, to_dict
 from lizard_jax.errors import UserError
 from lizard_jax.program import program
 
@@ -94,6 +94,13 @@ def load_recipe(name: str, stage: int) -> RunConfig:
     if stage not in stages:
         raise UserError(f"recipe {name!r} has no stage {stage}; it has {', '.join(map(str, sorted(stages)))}")
     return stages[stage]
+
+
+def known_shape(recipe: str, teacher: str) -> ModelConfig | None:
+    """The shape of a recipe's own teacher, where the recipe tells it; None for any other teacher."""
+    module = importlib.import_module(f"{_configs().__name__}.{recipe}")
+    own = next(iter(module.RECIPE.values())).teacher
+    return getattr(module, "SHAPE", None) if teacher == own else None
 
 
 def lookup(config: Any, key: str) -> Any:
@@ -193,11 +200,33 @@ def parse(argv: Sequence[str] | None = None) -> tuple[RunConfig, frozenset[str]]
     known, _ = first.parse_known_args(argv)
     recipe = load_recipe(known.config, known.stage)
     given = vars(_parser(recipe).parse_args(argv))
-    given = {key: value for key, value in given.items() if value is not None}
+    given = {key: value for key, value in given.items() if value is not None and key not in ("plan", "price")}
     attention = {key.removeprefix("attention."): given[key] for key in given if key.startswith("attention.")}
     config = with_preset(recipe, given.get("preset", recipe.preset), attention)
     rest = {key: value for key, value in given.items() if not key.startswith("attention.")}
     return override(config, rest | {"recipe": known.config, "stage": known.stage}), frozenset(given)
+
+
+def planned(argv: Sequence[str] | None = None) -> tuple[str, float | None] | None:
+    """The machines of ``--plan`` and the price of a device-hour, or None where a run is meant.
+
+    Raises:
+        SystemExit: 2 after a malformed command line.
+    """
+    parser = _Parser(add_help=False)
+    _add_plan(parser)
+    told, _ = parser.parse_known_args(argv)
+    if told.plan is None and told.price is not None:
+        parser.error("--price belongs to --plan")
+    return None if told.plan is None else (told.plan, told.price)
+
+
+def _add_plan(parser: Any) -> None:
+    parser.add_argument(
+        "--plan", metavar="CHIPS", help="train nothing: compile the step for machines that are not here, as h100-8 or "
+        "v5e-16, and say memory, time and device-hours",
+    )  # fmt: skip
+    parser.add_argument("--price", type=float, metavar="USD", help="of a device-hour, for the plan's bill")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -220,6 +249,7 @@ def _parser(recipe: RunConfig) -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
     )
     groups = {name: parser.add_argument_group(title) for name, title in _GROUPS.items()}
+    _add_plan(parser.add_argument_group("plan"))
     for flag in flags():
         default = lookup(recipe, flag.key)
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)

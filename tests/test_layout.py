@@ -41,6 +41,7 @@ ALLOWED: dict[str, list[str]] = {
         "checksums",
         "select",
     ],
+    "plan": [*MODEL, "losses", "lora", "convert", "data", "embedded", "cli", "select", "train"],
     "generate": [*MODEL, "convert", "data", "atomic"],
     "load": [*MODEL, "lora", "convert", "train", "generate"],
     "eval": [*MODEL, "losses", "lora", "convert", "data", "embedded", "train", "generate", "load", "atomic"],

@@ -24,47 +24,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-from jax.experimental import topologies
 from jax.extend.core import subjaxprs
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
-from pallas_kernels import target
+from lizard_jax.plan import absent
+from lizard_jax.plan.absent import CannotCompile
+from pallas_kernels import chips, target
 
 if TYPE_CHECKING:
     from jax.extend.core import Jaxpr
     from jaxtyping import PyTree
 
-TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Gpu:
-    """What XLA's GPU compiler asks about a card; ``shared`` is the most that one block can have, in bytes."""
-
-    name: str
-    cores: int
-    shared_per_core: int
-    shared: int
-    memory: int
-    bandwidth: int
-    l2: int
-    clock_ghz: float
-    fp32_lanes: int
-    capability: str
-
-
-_GPUS = {
-    "sm_80": _Gpu("NVIDIA A100-SXM4-80GB", 108, 167936, 166912, 80 << 30, 2039 * 10**9, 40 << 20, 1.41, 64,
-                  "major: 8 minor: 0"),
-    "sm_90": _Gpu("NVIDIA H100 80GB HBM3", 132, 233472, 232448, 80 << 30, 3352 * 10**9, 50 << 20, 1.98, 128,
-                  "major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES"),
-}  # fmt: skip
+TPUS = ("v5e", "v5p", "v6e")
+_GPUS = {chips.CHIPS[name].target: chips.CHIPS[name] for name in ("a100", "h100")}
 
 CHIPS = (*TPUS, *_GPUS)
-
-
-class CannotCompile(RuntimeError):
-    """A compiler is not installed, or a kernel does not fit its chip; says which in one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +104,7 @@ def compile_for(chip: str, function: Callable, *arguments: PyTree[jax.ShapeDtype
     if chip not in CHIPS:
         raise CannotCompile(f"no compiler for {chip!r}; there are {', '.join(CHIPS)}")
     platform = "tpu" if chip in TPUS else "gpu"
-    device = tpu_slice(chip)[0] if platform == "tpu" else _gpu_device(chip)
+    device = tpu_slice(chip)[0] if platform == "tpu" else absent.gpus(_GPUS[chip], 1)[0]
     cores = getattr(device, "num_cores" if platform == "tpu" else "core_count", None)
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, cores, platform))
     sharding = SingleDeviceSharding(device)
@@ -170,74 +144,14 @@ def _tpu_notes() -> Path:
     return folder
 
 
-@functools.cache
 def tpu_slice(chip: str) -> tuple[Any, ...]:
     """The four devices of a small slice of TPUs, to lay a mesh over and compile for."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise CannotCompile(f"compiling for {chip} needs libtpu, which is not installed")
     flags = {
         "xla_jf_dump_to": _tpu_notes(),
         "xla_jf_dump_llo_text": "true",
         "xla_jf_dump_llo_pass_label_regex": "final_bundles|register-pressure",
     }
-    flags = " ".join(f"--{name}={value}" for name, value in flags.items())
-    # Only while libtpu loads: it would look for a TPU and for its neighbours, and other processes read these too.
-    with _environment(
-        LIBTPU_INIT_ARGS=f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip(),
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE="v5litepod-4",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_STDERR_LOG_LEVEL="3",
-    ):
-        return tuple(topologies.get_topology_desc(TPUS[chip], platform="tpu").devices)
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@functools.cache
-def _gpu_device(chip: str) -> Any:
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise CannotCompile(f"compiling for {chip} needs jax-cuda13-plugin, which is not installed")
-    gpu = _GPUS[chip]
-    config = f"""
-        platform_name: "CUDA"
-        device_description_str: "{gpu.name}"
-        dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-        gpu_device_info {{
-          cuda_compute_capability {{ {gpu.capability} }}
-          threads_per_block_limit: 1024
-          threads_per_warp: 32
-          threads_per_core_limit: 2048
-          registers_per_core_limit: 65536
-          registers_per_block_limit: 65536
-          shared_memory_per_block: 49152
-          shared_memory_per_core: {gpu.shared_per_core}
-          shared_memory_per_block_optin: {gpu.shared}
-          core_count: {gpu.cores}
-          fpus_per_core: {gpu.fp32_lanes}
-          block_dim_limit_x: 2147483647
-          block_dim_limit_y: 65535
-          block_dim_limit_z: 65535
-          memory_bandwidth: {gpu.bandwidth}
-          l2_cache_size: {gpu.l2}
-          clock_rate_ghz: {gpu.clock_ghz}
-          device_memory_size: {gpu.memory}
-        }}"""
-    described = topologies.get_topology_desc("", platform="cuda", target_config=config, topology="1x1x1")
-    return described.devices[0]
+    return absent.tpus(chips.CHIPS[chip], 4, flags=" ".join(f"--{name}={value}" for name, value in flags.items()))
 
 
 @functools.cache
@@ -314,9 +228,10 @@ def _jax_triton_kernels(chip: str, lowered: jax.stages.Lowered) -> Iterator[Kern
         call = _fields(zlib.decompress(config["opaque"].value_bytes))
         kernel = _fields(_fields(call[1])[1])
         name, shared = kernel[1].decode(), kernel.get(3, 0)
-        if shared > _GPUS[chip].shared:
+        compiler = _GPUS[chip].compiler
+        if compiler is not None and shared > compiler.shared:
             raise CannotCompile(f"{name} needs {shared} bytes of shared memory; a block of {chip} has at most "
-                                f"{_GPUS[chip].shared}")  # fmt: skip
+                                f"{compiler.shared}")  # fmt: skip
         yield _assembled(kernel[4].decode(), {name: shared})[name]
 
 

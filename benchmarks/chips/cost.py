@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
+from pallas_kernels import chips
+from pallas_kernels.chips import Chip
 from pallas_kernels.log_gate_attention.problem import Problem
 
 if TYPE_CHECKING:
@@ -24,23 +26,8 @@ if TYPE_CHECKING:
 SCALAR = 4  # bytes of a gate, a key's log scale, a log normalizer, a number of a state: fp32
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Peaks of one device: dense bf16 matmul FLOP/s, and bytes/s of its memory."""
-
-    flops: float
-    bandwidth: float
-    source: str
-
-
-CHIPS = {
-    "A100": Chip(312e12, 2.039e12, "NVIDIA's A100 datasheet, 80 GB SXM"),
-    "H100": Chip(989.4e12, 3.35e12, "NVIDIA's H100 datasheet, SXM, without sparsity"),
-    "H200": Chip(989.4e12, 4.8e12, "NVIDIA's H200 datasheet, SXM, without sparsity"),
-    "v5e": Chip(197e12, 0.819e12, "Google Cloud's page on TPU v5e"),
-    "v5p": Chip(459e12, 2.765e12, "Google Cloud's page on TPU v5p"),
-    "v6e": Chip(918e12, 1.64e12, "Google Cloud's page on TPU v6e"),
-}
+CHIPS = {chip.title: chip for chip in chips.CHIPS.values()}
+"""By title."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lizard_jax.cli import parse
+from lizard_jax.cli import parse, planned
 from lizard_jax.program import ended
 
 
@@ -17,6 +17,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     config, given = parse(argv)
+    if (machines := planned(argv)) is not None:
+        from lizard_jax.plan.report import show
+
+        show(config, given, *machines)
+        return 0
     # After the command line is known to be good: these take seconds to import.
     from lizard_jax.train.loop import Stopped
     from lizard_jax.train.run import run

@@ -37,13 +37,13 @@ def trainable(config: RunConfig) -> Any:
     return nnx.Any(LoraParam, NewParam) if config.train_new else LoraParam
 
 
-def compiler_options(config: RunConfig) -> dict[str, Any] | None:
-    """What the stage's step is compiled with.
+def compiler_options(config: RunConfig, platform: str) -> dict[str, Any] | None:
+    """What the stage's step is compiled with for a platform.
 
     The CPU compiler orders work for parallelism by default, and in stage 1 then keeps every layer's activations; the
     other order costs no time there.
     """
-    if config.stage == 1 and jax.default_backend() == "cpu":
+    if config.stage == 1 and platform == "cpu":
         return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     return None
 

@@ -67,7 +67,7 @@ def train_step(config: RunConfig, optimizer: Optimizer, state: TrainState, mesh:
         donate_argnums=(0, 1),
         in_shardings=(*places, sharding.batch_sharding(mesh)),
         out_shardings=(places[0], places[1], sharding.replicated(mesh)),
-        compiler_options=stages.compiler_options(config),
+        compiler_options=stages.compiler_options(config, mesh.devices.flat[0].platform),
     )
 
 

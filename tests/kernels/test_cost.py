@@ -113,7 +113,7 @@ def test_window_by_hand():
 
 
 def test_roofline_is_the_slower_of_arithmetic_and_memory():
-    chip = cost.Chip(flops=100.0, bandwidth=10.0, source="")
+    chip = dataclasses.replace(cost.CHIPS["v5e"], flops=100.0, bandwidth=10.0)
     assert cost.Cost(flops=1000, compulsory=10, moved=20).roofline(chip) == 10.0
     assert cost.Cost(flops=1000, compulsory=200, moved=400).roofline(chip) == 20.0
     assert cost.Cost(flops=1000, compulsory=200, moved=400).ratio == 2.0

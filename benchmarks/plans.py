@@ -1,0 +1,102 @@
+"""What the recipe of a large model takes of machines that are not here: the real step, compiled for each.
+
+    uv run --group test benchmarks/plans.py [--recipe llama3_8b] [--targets h100-8 v5e-8 …]
+
+Both stages on the mesh of the recipe (FSDP over all devices), as ``train.py --plan`` has them: memory of a device, work
+of a step, what it moves, and the time that its chip cannot beat; then the bytes of every kind of collective's results
+in a step on one device. Nothing has run on any of these machines. Rows that lie in the table are not made again. Writes
+``benchmarks/plans.json`` and ``.md``; about a minute a row for GPUs and three for TPUs on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lizard_jax.atomic import write_atomic
+from lizard_jax.cli import load_recipe
+from lizard_jax.plan.estimate import hours, likely, machines, plan, usefulness, variants
+from lizard_jax.plan.report import shape_of
+from lizard_jax.program import ended
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = ("a100-8", "h100-8", "h200-8", "v5e-8", "v6e-8", "v5p-8")
+GIVEN = frozenset({"mesh.fsdp", "remat"})
+"""As if told: the recipe's mesh alone, with its remat."""
+
+
+def row(recipe: str, stage: int, target: str) -> dict[str, Any]:
+    """One plan, as JSON has it."""
+    config, where = load_recipe(recipe, stage), machines(target)
+    shape = likely(config, shape_of(config))
+    (settled, mesh), *_ = variants(config, GIVEN, where, shape)
+    start = time.perf_counter()
+    found = plan(settled, shape, where, mesh)
+    out = dataclasses.asdict(found) | {"total": found.total, "least": found.least, "most": found.most}
+    out["rows"], out["hours"] = settled.data.batch_size, hours(settled, found, where.devices)
+    out["usefulness"], out["seconds"] = usefulness(settled, shape, found), round(time.perf_counter() - start)
+    return out
+
+
+def tables(recipe: str, rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown: the plans, and the collectives."""
+    lines = [
+        f"`{recipe}`, a step of {next(iter(rows.values()))['rows']} x 2,048 tokens, FSDP over all devices. GiB of a "
+        "device; milliseconds of a step at the chip's peaks for matmuls, its own memory and its links, and from all of "
+        "these overlapping to none; device-hours of the recipe's 20 M tokens.", "",
+        "| stage, target | weights | all | TFLOP | compute | memory | links | step | device-hours |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for name, one in rows.items():
+        weights = (one["parts"]["frozen"] + one["parts"]["trained"]) / 2**30
+        times = " | ".join(f"{1e3 * one[part]:.0f}" for part in ("compute", "reading", "sending"))
+        low, high = one["hours"]
+        lines.append(
+            f"| {name} | {weights:.2f} | {one['total'] / 2**30:.2f} | {one['flops'] / 1e12:,.0f} | {times} | "
+            f"{1e3 * one['least']:.0f}–{1e3 * one['most']:.0f} | {low:.1f}–{high:.1f} |"
+        )
+    kinds = sorted({kind for one in rows.values() for kind, size in one["kinds"].items() if size > 2**20})
+    lines += ["", "GiB of collectives' results in a step, on one device:", "", "| | " + " | ".join(kinds) + " |"]
+    lines.append("|---|" + "---:|" * len(kinds))
+    for name, one in rows.items():
+        lines.append(f"| {name} | " + " | ".join(f"{one['kinds'].get(kind, 0) / 2**30:.2f}" for kind in kinds) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def run(told: argparse.Namespace) -> int:
+    """The work of ``main``."""
+    file = told.table.with_suffix(".json")
+    old = json.loads(file.read_text()) if file.is_file() else {}
+    rows: dict[str, dict[str, Any]] = old["rows"] if old.get("recipe") == told.recipe else {}
+    wanted = [(stage, target) for stage in (1, 2) for target in told.targets]
+    for stage, target in tqdm(wanted, unit="row", disable=None):
+        name = f"{stage}, {target}"
+        if name not in rows:
+            rows[name] = row(told.recipe, stage, target)
+            rows = dict(sorted(rows.items()))
+            write_atomic(file, json.dumps({"recipe": told.recipe, "rows": rows}, indent=1) + "\n")
+    text = tables(told.recipe, rows)
+    write_atomic(told.table.with_suffix(".md"), text)
+    print(text)
+    return 0
+
+
+def main() -> int:
+    """Compile what is missing and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="llama3_8b", help="default %(default)s")
+    parser.add_argument("--targets", nargs="+", default=TARGETS, metavar="CHIPS", help=f"default {' '.join(TARGETS)}")
+    parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "plans", help="the table, less suffix")
+    told = parser.parse_args()
+    return ended(lambda: run(told), interrupted="interrupted; the rows so far are kept")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What a program moves, counted in texts whose numbers are known, and in programs that XLA made here."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lizard_jax.plan.flops import matmul_flops
+from lizard_jax.plan.program import moved, size
+from tests.train.tiny import mesh_of
+
+TEXT = """HloModule jit_step, is_scheduled=true
+
+%cut (p0: f32[64,128], p1: s32[]) -> f32[1,128] {
+  %p0 = f32[64,128]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %piece = f32[1,128]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,128}
+}
+
+%body (state: (s32[], f32[64,128], f32[1,128])) -> (s32[], f32[64,128], f32[1,128]) {
+  %state = (s32[], f32[64,128]{1,0}, f32[1,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %all = f32[64,128]{1,0} get-tuple-element(%state), index=1
+  %one = f32[1,128]{1,0} fusion(%all, %i), kind=kLoop, calls=%cut
+  %gathered = f32[8,128]{1,0} all-gather(%one), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %next = (s32[], f32[64,128]{1,0}, f32[1,128]{1,0}) tuple(%i, %all, %one)
+}
+
+%condition (state: (s32[], f32[64,128], f32[1,128])) -> pred[] {
+  %state = (s32[], f32[64,128]{1,0}, f32[1,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %limit = s32[] constant(64)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (x: f32[64,128], w: bf16[128,128]) -> f32[64,128] {
+  %x = f32[64,128]{1,0} parameter(0)
+  %w = bf16[128,128]{1,0} parameter(1)
+  %near = bf16[128,128]{1,0:S(1)} copy(%w)
+  %y = f32[64,128]{1,0} custom-call(%x, %near), custom_call_target="tpu_custom_call"
+  %start = (s32[], f32[64,128]{1,0}, f32[1,128]{1,0}) tuple(%x, %x, %x)
+  %loop = (s32[], f32[64,128]{1,0}, f32[1,128]{1,0}) while(%start), condition=%condition, body=%body
+  %sum = f32[64,128]{1,0} all-reduce(%y), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %left = f32[64,128]{1,0} collective-permute(%sum), channel_id=3, source_target_pairs={{0,1}}
+  ROOT %out = f32[64,128]{1,0} copy(%left)
+}
+"""
+
+
+def test_a_text_by_hand():
+    x, w, row = 64 * 128 * 4, 128 * 128 * 2, 128 * 4
+    found = moved(TEXT, 8)
+    gathers = 64 * 8 * row
+    assert found.results == {"all-gather": gathers, "all-reduce": x, "collective-permute": x}
+    assert found.links == {"all-gather": gathers * 7 / 8, "all-reduce": 2 * x * 3 / 4, "collective-permute": x}
+    # The copy to VMEM reads w, the kernel x alone; each round cuts a row, writes it, and gathers eight.
+    outside = w + 2 * x + 2 * x + 2 * x + 2 * x
+    assert found.memory == outside + 64 * (2 * row + 4 + row + 8 * row)
+
+
+def test_sizes_of_shapes():
+    assert size("bf16[3,5]{1,0}") == 30
+    assert size("(f32[2]{0}, pred[7]{0:S(1)}, s32[])") == 12
+    assert size("(f32[2]{0}, pred[7]{0:S(1)}, s32[])", everywhere=True) == 19
+    assert size("token[]") == 0
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+def test_a_program_of_eight_devices():
+    """A weight split over devices is gathered for a batch that is split too, once a turn of a loop."""
+    mesh = mesh_of(fsdp=8)
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    weights = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+
+    def run(x, many):
+        def turn(x, w):
+            return jnp.tanh(jax.lax.with_sharding_constraint(x @ w, rows)), None
+
+        return jax.lax.scan(turn, x, many)[0]
+
+    x = jax.ShapeDtypeStruct((64, 256), jnp.float32, sharding=rows)
+    many = jax.ShapeDtypeStruct((5, 256, 256), jnp.float32, sharding=weights)
+    text = jax.jit(run, out_shardings=rows).lower(x, many).compile().as_text()
+    found = moved(text, 8)
+    assert found.results == {"all-gather": 5 * 256 * 256 * 4}
+    assert found.links["all-gather"] == 5 * 256 * 256 * 4 * 7 / 8
+    assert found.memory > 5 * 256 * 256 * 4
+
+
+def test_matmuls_by_hand():
+    a, b = jax.ShapeDtypeStruct((3, 5), jnp.float32), jax.ShapeDtypeStruct((5, 7), jnp.float32)
+    one = 2 * 3 * 5 * 7
+    assert matmul_flops(jnp.matmul, a, b) == one
+    assert matmul_flops(jax.jit(lambda a, b: jax.checkpoint(jnp.matmul)(a, b)), a, b) == one
+    assert matmul_flops(lambda a, b: jax.grad(lambda a: (a @ b).sum())(a), a, b) == 2 * one
+    turns = jax.ShapeDtypeStruct((4, 5, 7), jnp.float32)
+    assert matmul_flops(lambda a, bs: jax.lax.map(lambda b: a @ b, bs), a, turns) == 4 * one
+    either = lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: 2 * (a @ b) + a @ b)  # noqa: E731
+    assert matmul_flops(either, a, b) == 2 * one
