@@ -1,5 +1,6 @@
 """Strict numerics for every test, and the real data beside the project where it is present."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,9 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# What JAX keeps of a trace is many small objects that live long: looking through them for garbage took a tenth of the
+# suite's time.
+gc.set_threshold(50_000, 20, 100)
 
 SLOW = frozenset(Path(__file__).with_name("slow.txt").read_text().split())
 """Tests that the short check leaves out, as ``train/test_run.py::test_name``: what takes more than two seconds."""
