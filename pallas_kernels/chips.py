@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+from pallas_kernels.target import tpu_chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,3 +85,11 @@ CHIPS = {
     ),
 }  # fmt: skip
 """By the name that ``train.py --plan`` takes."""
+
+
+def here(device: Any) -> Chip | None:
+    """The chip of a device of JAX's; None for any other."""
+    kind = str(device.device_kind)
+    if device.platform == "tpu":
+        return CHIPS.get(tpu_chip(kind) or "")
+    return next((chip for chip in CHIPS.values() if chip.platform == device.platform and chip.title in kind), None)

@@ -52,7 +52,7 @@ def current() -> Target:
         chip = f"sm_{capability}" if capability else None
         return Target("gpu", chip, processors=getattr(device, "core_count", None))
     if platform == "tpu":
-        return Target("tpu", _tpu_chip(device.device_kind))
+        return Target("tpu", tpu_chip(device.device_kind))
     return Target(platform)
 
 
@@ -66,7 +66,7 @@ def override(target: Target) -> Iterator[None]:
         _override.reset(token)
 
 
-def _tpu_chip(kind: str) -> str | None:
+def tpu_chip(kind: str) -> str | None:
     """``v5e`` of a device kind such as ``TPU v5 lite``."""
     known = {
         "v5 lite": "v5e",

@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lizard_jax import accelerators
+from pallas_kernels import chips
 
 
 @pytest.fixture
@@ -58,3 +60,22 @@ def test_what_is_compiled_for_an_accelerator_is_kept(tmp_path, nodes, environmen
 def test_a_command_says_so_before_jax_is_there(command):
     code = f"import sys, lizard_jax.{command}.__main__; print('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "name"),
+    [
+        ("gpu", "NVIDIA H100 80GB HBM3", "h100"),
+        ("gpu", "NVIDIA A100-SXM4-80GB", "a100"),
+        ("gpu", "NVIDIA H200", "h200"),
+        ("tpu", "TPU v5 lite", "v5e"),
+        ("tpu", "TPU v5", "v5p"),
+        ("tpu", "TPU v6 lite", "v6e"),
+        ("tpu", "TPU7x", "tpu7x"),
+        ("gpu", "NVIDIA GeForce RTX 4090", None),
+        ("cpu", "cpu", None),
+    ],
+)
+def test_a_devices_chip_is_known_by_its_kind(platform, kind, name):
+    found = chips.here(SimpleNamespace(platform=platform, device_kind=kind))
+    assert found == (chips.CHIPS[name] if name else None)

@@ -18,8 +18,9 @@ from lizard_jax import sharding
 from lizard_jax.cli import override
 from lizard_jax.config import ModelConfig, RunConfig
 from lizard_jax.errors import UserError
+from lizard_jax.models.flops import forward_flops
 from lizard_jax.plan import absent
-from lizard_jax.plan.step import Parts, compiled, flops, forward_flops, mesh_over, parts
+from lizard_jax.plan.step import Parts, compiled, flops, mesh_over, parts
 from lizard_jax.select import budgets
 from lizard_jax.select.choice import asked
 from lizard_jax.train.loop import total_steps

@@ -133,15 +133,6 @@ def flops(config: RunConfig, shape: ModelConfig) -> int:
         return matmul_flops(run, state.trainable, state.frozen, batch_of(config))
 
 
-def forward_flops(shape: ModelConfig, tokens: int) -> int:
-    """FLOPs of the teacher's forward pass without its attention's scores: two for each weight that a token meets."""
-    teacher = dataclasses.replace(shape, attention=None)
-    state = nnx.state(nnx.eval_shape(lambda: build(teacher, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
-    weights = sum(leaf.size for path, leaf in nnx.to_flat_state(state) if leaf.ndim == 2 and "embed" not in path)
-    head = shape.vocab_size * shape.hidden_size if shape.tie_embeddings else 0
-    return 2 * tokens * (weights + head)
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the warning that Pallas' Triton backend is to go: it is chosen knowingly."""

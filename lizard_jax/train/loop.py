@@ -22,12 +22,14 @@ from jax.sharding import Mesh
 from lizard_jax import sharding
 from lizard_jax.config import RunConfig
 from lizard_jax.errors import UserError, disk_full
+from lizard_jax.models.flops import forward_flops
 from lizard_jax.nn.finite import not_finite
 from lizard_jax.train import stages
 from lizard_jax.train.checkpoint import Checkpoints, fill, full_disk, kept, named
 from lizard_jax.train.log import MetricsLog, ProgressLine
 from lizard_jax.train.optim import Optimizer
 from lizard_jax.train.step import TrainState, eval_step, place, train_step
+from pallas_kernels import chips
 
 VALIDATIONS = 10
 PATIENCE = 3
@@ -75,7 +77,9 @@ class Trainer:
         self.start = 0
         if self.checkpoints.latest_step() is not None:
             self._resume()
-        self._train = train_step(config, optimizer, self.state, mesh)
+        self._train: Any = train_step(config, optimizer, self.state, mesh)
+        self._compiled: dict[str, float] = {}
+        self._peak = _peak(config, model, mesh)
         self._evaluate = eval_step(config, self.state, mesh)
         self._writes = jax.process_index() == 0
         self.log = MetricsLog(stage_dir, self.start, self._writes)
@@ -118,14 +122,14 @@ class Trainer:
             self._validate(0)
         pending: tuple[int, dict[str, jax.Array], float] | None = None
         self._clock = time.monotonic()
+        step = None
         for index in range(self.start, self.total):
             done = index + 1
             asked = time.monotonic()
             batch = self._placed(self.batches.batch(index))
             waited = time.monotonic() - asked
-            state.trainable, state.optimizer, metrics = self._train(
-                state.trainable, state.optimizer, state.frozen, batch
-            )
+            step = step or self._compile(batch)
+            state.trainable, state.optimizer, metrics = step(state.trainable, state.optimizer, state.frozen, batch)
             if pending is not None:
                 self._record(*pending)
             pending = (done, metrics, waited)
@@ -145,6 +149,15 @@ class Trainer:
                 raise Stopped(stop, done, self.total)
             self._clock = time.monotonic()
 
+    def _compile(self, batch: Any) -> Any:
+        """The compiled step; how long it took goes with the first step's entry."""
+        began = time.monotonic()
+        lowered = self._train.lower(self.state.trainable, self.state.optimizer, self.state.frozen, batch)
+        traced = time.monotonic()
+        compiled = lowered.compile()
+        self._compiled = {"trace_seconds": traced - began, "compile_seconds": time.monotonic() - traced}
+        return compiled
+
     def _placed(self, batch: Any) -> Any:
         return sharding.put_batch(batch, self.mesh)
 
@@ -157,6 +170,10 @@ class Trainer:
         seconds, self._clock = now - self._clock, now
         tokens = self.config.data.batch_size * self.config.data.sequence_length
         entry: dict[str, Any] = {"step": step, "tokens": step * tokens, "seconds": seconds, "input_seconds": waited}
+        entry |= self._compiled
+        self._compiled = {}
+        if (memory := self.mesh.local_devices[0].memory_stats()) is not None:
+            entry["memory_bytes"] = memory.get("peak_bytes_in_use", 0)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             what = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
             self._skipped += 1
@@ -167,6 +184,8 @@ class Trainer:
             return
         self._skipped = 0
         entry |= values | {"tokens_per_second": tokens / max(seconds, 1e-9)}
+        if self._peak is not None:
+            entry["teacher_mfu"] = self._peak / max(seconds, 1e-9)
         self.log.write(entry)
         pace = self._pace()
         self._line.step(step, values["loss"], tokens / max(pace, 1e-9), (self.total - step) * pace)
@@ -227,6 +246,17 @@ class Trainer:
             f"stage {self.config.stage} diverged at step {step}: {what}; {kept_at} in {self.stage_dir}; "
             "try a lower --learning-rate in a new --out"
         )
+
+
+def _peak(config: RunConfig, model: Any, mesh: Mesh) -> float | None:
+    """Seconds that the teacher's forward pass of a batch takes at the devices' peak of bf16 matmuls; None where that is
+    not known. Over a step's seconds it is the step's model FLOP utilization, in the teacher's forward FLOPs.
+    """
+    chip = chips.here(mesh.devices.flat[0])
+    if chip is None:
+        return None
+    tokens = config.data.batch_size * config.data.sequence_length
+    return forward_flops(model.config, tokens) / (chip.flops * mesh.devices.size)
 
 
 def _told(numbers: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.chips import compilers
 from lizard_jax.cli import load_recipe, override
 from lizard_jax.config import LizardConfig, LoraConfig
+from lizard_jax.models.flops import forward_flops
 from lizard_jax.plan import absent, estimate, step
 from lizard_jax.plan.report import shape_of
 from lizard_jax.select import budgets
@@ -66,9 +67,9 @@ def test_forward_flops_are_two_for_each_weight_that_a_token_meets():
     D, M = MODEL.hidden_size, MODEL.intermediate_size
     heads = D * MODEL.head_dim * (2 * MODEL.num_heads + 2 * MODEL.kv_heads)
     weights = MODEL.num_layers * (heads + 3 * D * M) + MODEL.vocab_size * D
-    assert step.forward_flops(MODEL, 10) == 2 * 10 * weights
+    assert forward_flops(MODEL, 10) == 2 * 10 * weights
     tied = dataclasses.replace(MODEL, tie_embeddings=not MODEL.tie_embeddings)
-    assert step.forward_flops(tied, 10) == 2 * 10 * weights
+    assert forward_flops(tied, 10) == 2 * 10 * weights
 
 
 @needs_tpu

@@ -1,5 +1,6 @@
 """The loop: what it writes, and that no way of stopping it changes where it ends."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,12 +17,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lizard_jax.errors import UserError
+from lizard_jax.models.flops import forward_flops
 from lizard_jax.train import stages
 from lizard_jax.train.checkpoint import Checkpoints, restore_params
 from lizard_jax.train.lock import alone
 from lizard_jax.train.log import read_metrics
 from lizard_jax.train.loop import Stopped, Trainer, total_steps
-from tests.train.tiny import RandomBatches, make_model, mesh_of, run_config
+from pallas_kernels import chips
+from tests.train.tiny import MODEL, RandomBatches, make_model, mesh_of, run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = run_config(1, steps=8, validate_every=2)
@@ -82,6 +85,10 @@ def test_what_a_run_writes(undisturbed):
     assert [line["step"] for line in steps] == list(range(1, 9))
     assert {"learning_rate", "grad_norm", "tokens_per_second", "layer_mse", "tokens"} <= steps[0].keys()
     assert steps[-1]["loss"] < steps[0]["loss"]
+    compiled = {"trace_seconds", "compile_seconds"}
+    assert [compiled <= line.keys() for line in steps] == [True] + 7 * [False]
+    assert 0 < steps[0]["trace_seconds"] + steps[0]["compile_seconds"] <= steps[0]["seconds"]
+    assert "teacher_mfu" not in steps[0]  # a CPU's peak is not known
     validations = [line for line in lines if "validation" in line]
     assert [line["step"] for line in validations] == [0, 2, 4, 6, 8]
     assert len(validations[0]["validation"]["layer_mse"]) == 2
@@ -91,6 +98,17 @@ def test_what_a_run_writes(undisturbed):
     assert (checkpoints.best_step(), checkpoints.best_loss()) == (best["step"], best["validation"]["loss"])
     checkpoints.close()
     assert next(undisturbed.glob("events.out.tfevents.*")).stat().st_size > 500
+
+
+def test_a_known_chip_tells_how_much_of_its_peak_is_used(tmp_path, monkeypatch):
+    """As if this device were a chip of 1 GFLOP/s: the teacher's forward pass of a batch over the step's time."""
+    slow = dataclasses.replace(chips.CHIPS["h100"], flops=1e9)
+    monkeypatch.setattr(chips, "here", lambda device: slow)
+    config = run_config(1, steps=2)
+    Trainer(config, make_model(config), RandomBatches(config.data), tmp_path, mesh_of()).run()
+    last = read_metrics(tmp_path / "metrics.jsonl", 2)[-2]
+    expected = forward_flops(MODEL, 8 * 32) / (1e9 * last["seconds"])
+    assert last["teacher_mfu"] == pytest.approx(expected)
 
 
 def test_a_checkpoint_holds_no_teacher(undisturbed):
