@@ -292,6 +292,7 @@ class DataConfig:
     text_eos: bool = option(False, "end plain-text documents with EOS; answers always end so")
     sequence_length: int = option(2048, "T, tokens per packed sequence")
     batch_size: int = option(8, "B, sequences per optimizer step")
+    accumulate: int = option(1, "parts of a step's batch, computed one after the other to save memory")
     held_out: float = option(0.02, "share of the documents kept for validation")
     held_out_tokens: int = option(131072, "at most this many tokens are scored at each validation")
     answer_only: bool = option(False, "score answers only, not prompts (Alpaca and chat records)")

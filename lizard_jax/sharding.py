@@ -144,16 +144,18 @@ def row_devices(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Refuse a batch whose rows do not divide over the mesh.
+def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Refuse a batch whose rows do not divide over the mesh, in as many parts.
 
     Raises:
-        UserError: ``batch_size`` is not a multiple of data x fsdp.
+        UserError: ``batch_size`` is not a multiple of data x fsdp x accumulate.
     """
-    parts = row_devices(mesh)
-    if batch_size % parts:
+    devices = row_devices(mesh)
+    if batch_size % (devices * accumulate):
+        each = f" in {accumulate} parts (--accumulate)" if accumulate > 1 else ""
         raise UserError(
-            f"batch size {batch_size} does not divide over data x fsdp = {parts} devices; use a multiple of it"
+            f"batch size {batch_size} does not divide over data x fsdp = {devices} devices{each}; use a multiple of "
+            f"{devices * accumulate}"
         )
 
 

@@ -165,9 +165,9 @@ def variants(
     remats = [config.remat] if "remat" in given or config.stage == 1 else [config.remat, not config.remat]
     for sizes, remat in itertools.product(dict.fromkeys(meshes), remats):
         mesh = mesh_over(devices, sizes)
-        rows, over = config.data.batch_size, sharding.row_devices(mesh)
+        rows, over = config.data.batch_size, sharding.row_devices(mesh) * config.data.accumulate
         if "data.batch_size" in given:
-            sharding.check_batch(rows, mesh)
+            sharding.check_batch(rows, mesh, config.data.accumulate)
         settled = override(config, {"data.batch_size": -(-rows // over) * over, "remat": remat})
         settled = override(settled, {f"mesh.{axis}": size for axis, size in zip(sharding.AXES, sizes, strict=True)})
         if parts(settled, shape, mesh).total < ROOM * where.chip.memory:

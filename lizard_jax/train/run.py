@@ -40,8 +40,11 @@ from lizard_jax.train.settle import begun, continued, settled, stage_dir
 from lizard_jax.train.teacher import find_teacher, fingerprint, whereabouts
 from pallas_kernels import partition
 
-# A resumed run may differ in these: where it lies, on what, how often it saves, and paths that fingerprints stand for.
-MAY_CHANGE = ("out", "mesh.", "validate_every", "save_every", "teacher", "data.path", "data.date")
+# A resumed run may differ in these: where it lies, on what and in how many parts a step, how often it saves, and paths
+# that fingerprints stand for.
+MAY_CHANGE = (
+    "out", "mesh.", "validate_every", "save_every", "teacher", "data.path", "data.date", "data.accumulate",
+)  # fmt: skip
 
 LEAST_BEYOND = 0.1
 """Share of positions beyond the window in their document, below which a run warns."""
@@ -72,6 +75,7 @@ def check(config: RunConfig) -> None:
         ("validate-every", config.validate_every, config.validate_every >= 0),
         ("save-every", config.save_every, config.save_every >= 0),
         ("batch size", data.batch_size, 0 < data.batch_size <= 2**20),
+        ("accumulate", data.accumulate, 0 < data.accumulate <= 2**20),
         ("sequence length", data.sequence_length, 0 < data.sequence_length <= 2**24),
     ):
         if not good:

@@ -88,7 +88,7 @@ def settled(config: RunConfig, given: frozenset[str], earlier: RunConfig | None,
         UserError: as each of the four does.
     """
     config = with_batch(dated(config, earlier), given, earlier, mesh)
-    sharding.check_batch(config.data.batch_size, mesh)
+    sharding.check_batch(config.data.batch_size, mesh, config.data.accumulate)
     return with_budgets(with_heads(config, given, earlier, source, mesh), given, earlier, source, mesh)
 
 
@@ -100,18 +100,19 @@ def dated(config: RunConfig, earlier: RunConfig | None) -> RunConfig:
 
 
 def with_batch(config: RunConfig, given: frozenset[str], earlier: RunConfig | None, mesh: Mesh) -> RunConfig:
-    """The settings with a batch that divides over the mesh: as given, as a begun run has it, or the recipe's with as
-    many rows more as it takes.
+    """The settings with a batch that divides over the mesh and into its parts: as given, as a begun run has it, or the
+    recipe's with as many rows more as it takes.
     """
     if "data.batch_size" in given:
         return config
     if earlier is not None:
         return override(config, {"data.batch_size": earlier.data.batch_size})
-    rows, parts = config.data.batch_size, sharding.row_devices(mesh)
-    if rows % parts == 0:
+    rows, devices, parts = config.data.batch_size, sharding.row_devices(mesh), config.data.accumulate
+    if rows % (devices * parts) == 0:
         return config
-    more = -(-rows // parts) * parts
-    _say(f"note: {more} rows a step instead of {rows}, for {parts} devices")
+    more = -(-rows // (devices * parts)) * devices * parts
+    each = f" and {parts} parts" if parts > 1 else ""
+    _say(f"note: {more} rows a step instead of {rows}, for {devices} devices{each}")
     return override(config, {"data.batch_size": more})
 
 

@@ -92,6 +92,12 @@ def loss_and_grads(config: RunConfig, model: Llama, batch: Batch) -> tuple[nnx.S
     return grads, {"loss": value, **parts}
 
 
+def scored(config: RunConfig, batch: Batch) -> Array:
+    """How many positions of a batch its loss is a mean over, fp32: real ones in stage 1, else those of the mask."""
+    _, _, segments, mask = _arrays(batch)
+    return (segments != 0).sum().astype(jnp.float32) if config.stage == 1 else mask.sum().astype(jnp.float32)
+
+
 def kl_share(config: RunConfig) -> float:
     """The KL's share of the loss: 0 where no teacher is inside, in stage 0 and when every weight moves."""
     return config.kl if config.stage == 2 and not config.full else 0.0

@@ -15,6 +15,9 @@ from jax.sharding import Mesh
 
 from lizard_jax import sharding
 from lizard_jax.config import RunConfig
+from lizard_jax.data.loader import Batch
+from lizard_jax.models.llama import Llama
+from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.train import stages
 from lizard_jax.train.optim import Optimizer, OptimizerState
 from pallas_kernels import partition
@@ -55,7 +58,7 @@ def train_step(config: RunConfig, optimizer: Optimizer, state: TrainState, mesh:
 
     def step(trainable: nnx.State, moments: OptimizerState, frozen: nnx.State, batch: Any) -> Any:
         with partition.over(sharding.kernel_partition(mesh)):
-            grads, metrics = stages.loss_and_grads(config, nnx.merge(graph, trainable, frozen), batch)
+            grads, metrics = in_parts(config, nnx.merge(graph, trainable, frozen), batch)
         *new, info = optimizer.update(grads, moments, trainable)
         sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(info["grad_norm"])
         trainable, moments = jax.tree.map(lambda a, b: jnp.where(sound, a, b), tuple(new), (trainable, moments))
@@ -69,6 +72,35 @@ def train_step(config: RunConfig, optimizer: Optimizer, state: TrainState, mesh:
         out_shardings=(places[0], places[1], sharding.replicated(mesh)),
         compiler_options=stages.compiler_options(config, mesh.devices.flat[0].platform),
     )
+
+
+def in_parts(config: RunConfig, model: Llama, batch: Batch) -> tuple[nnx.State, dict[str, jax.Array]]:
+    """``stages.loss_and_grads`` of a batch, computed in ``accumulate`` parts, each of rows of every device.
+
+    Parts count by what they score, so that stages 0 and 2 have the whole batch's loss and gradients up to rounding. In
+    stage 1 the errors of a part are relative to its own teacher's power.
+    """
+    parts = config.data.accumulate
+    if parts == 1:
+        return stages.loss_and_grads(config, model, batch)
+    graph, state = nnx.split(model)
+
+    def cut(a: jax.Array) -> jax.Array:
+        devices = partition.row_parts(a.shape[0])
+        rows = jnp.moveaxis(a.reshape(devices, parts, -1, *a.shape[1:]), 1, 0)
+        return rows.reshape(parts, -1, *a.shape[1:])
+
+    def add(total: tuple[Any, jax.Array], part: Batch) -> tuple[tuple[Any, jax.Array], None]:
+        part = jax.tree.map(partition.by_rows, part)
+        found, count = stages.loss_and_grads(config, nnx.merge(graph, state), part), stages.scored(config, part)
+        sums = jax.tree.map(lambda t, a: t + a.astype(t.dtype) * count.astype(t.dtype), total[0], found)
+        return (sums, total[1] + count), None
+
+    pieces = jax.tree.map(lambda a: cut(jnp.asarray(a)), batch)
+    one = jax.eval_shape(lambda: stages.loss_and_grads(config, model, jax.tree.map(lambda a: a[0], pieces)))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, accumulation_dtype(s)), one)
+    (sums, count), _ = jax.lax.scan(add, (zeros, jnp.float32(0)), pieces)
+    return jax.tree.map(lambda a, s: (a / jnp.maximum(count, 1).astype(a.dtype)).astype(s.dtype), sums, one)
 
 
 def eval_step(config: RunConfig, state: TrainState, mesh: Mesh) -> Callable[..., Any]:

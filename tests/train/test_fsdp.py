@@ -9,11 +9,13 @@ import pytest
 from flax import nnx
 
 from lizard_jax import losses, sharding
+from lizard_jax.cli import override
 from lizard_jax.config import DataConfig
 from lizard_jax.train import stages
 from lizard_jax.train.checkpoint import Checkpoints, named, restore_params
 from lizard_jax.train.optim import Optimizer
-from lizard_jax.train.step import eval_step, place, train_step
+from lizard_jax.train.step import eval_step, in_parts, place, train_step
+from pallas_kernels import partition
 from tests.train.tiny import RandomBatches, make_model, mesh_of, run_config
 
 
@@ -52,6 +54,52 @@ def test_first_step_in_fp32(stage):
     np.testing.assert_allclose(loss_many, loss, rtol=1e-5)
     assert any(np.abs(value).max() > 0 for value in one.values())
     _close(one, many, 1e-5)
+
+
+def _ragged(config):
+    """A batch whose rows score different numbers of positions."""
+    batch = RandomBatches(config.data).batch(0)
+    for row in range(len(batch.inputs)):
+        batch.segment_ids[row, 32 - 3 * row :] = 0
+        batch.loss_mask[row, 32 - 3 * row :] = 0.0
+    return batch
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("fsdp", [1, 2])
+@pytest.mark.usefixtures("x64")
+def test_a_batch_in_parts_is_the_batch(stage, fsdp):
+    whole, mesh = run_config(stage, dtype="float64", remat=False), mesh_of(fsdp=fsdp)
+    found = []
+    for parts in (1, 4):
+        config = override(whole, {"data.accumulate": parts})
+        state = place(config, make_model(config), Optimizer(config.optim, 1), mesh)
+
+        @jax.jit
+        def grads(trainable, frozen, batch, config=config, graph=state.graph):
+            with partition.over(sharding.kernel_partition(mesh)):
+                return in_parts(config, nnx.merge(graph, trainable, frozen), batch)
+
+        got, metrics = grads(state.trainable, state.frozen, _placed(_ragged(config), mesh))
+        found.append((_host(got), float(metrics["loss"])))
+    (one, loss), (many, loss_many) = found
+    np.testing.assert_allclose(loss_many, loss, rtol=1e-12)
+    _close(one, many, 1e-10)
+
+
+def test_parts_of_stage_1_are_means_by_what_they_hold():
+    """Each part's error is relative to its own teacher's power, and counts by its real positions."""
+    config, mesh = run_config(1), mesh_of()
+    model, batch = make_model(config), _ragged(config)
+    alone = jax.jit(lambda model, batch: stages.loss_and_grads(config, model, batch)[1]["loss"])
+    cut = [jax.tree.map(lambda a, at=at: a[at : at + 4], batch) for at in (0, 4)]
+    counts = [int((part.segment_ids != 0).sum()) for part in cut]
+    expected = sum(float(alone(model, part)) * n for part, n in zip(cut, counts, strict=True)) / sum(counts)
+    halves, optimizer = override(config, {"data.accumulate": 2}), Optimizer(config.optim, 4)
+    state = place(halves, model, optimizer, mesh)
+    step = train_step(halves, optimizer, state, mesh)
+    _, _, metrics = step(state.trainable, state.optimizer, state.frozen, _placed(batch, mesh))
+    np.testing.assert_allclose(float(metrics["loss"]), expected, rtol=1e-5)
 
 
 def _fifty_steps(config, mesh):

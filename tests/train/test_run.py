@@ -28,6 +28,7 @@ from lizard_jax.models import build
 from lizard_jax.nn.params import LoraParam, NewParam
 from lizard_jax.select import choice
 from lizard_jax.select.budgets import Curves
+from lizard_jax.sharding import check_batch
 from lizard_jax.train import __main__ as train
 from lizard_jax.train.checkpoint import named
 from lizard_jax.train.run import fingerprint, load_run, short_text
@@ -338,6 +339,17 @@ def test_the_recipes_batch_follows_the_mesh(tmp_path, capsys):
     assert capsys.readouterr().err == "note: 8 rows a step instead of 3, for 8 devices\n"
     (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(override(config, {"data.batch_size": 16}))}))
     assert with_batch(config, frozenset(), begun(tmp_path), mesh).data.batch_size == 16
+
+
+def test_a_batch_that_does_not_come_apart_is_told(capsys):
+    mesh, config = mesh_of(data=2, fsdp=2), override(load_recipe("tiny", 1), {"data.accumulate": 3})
+    assert with_batch(config, frozenset(), None, mesh).data.batch_size == 12
+    assert capsys.readouterr().err == "note: 12 rows a step instead of 8, for 4 devices and 3 parts\n"
+    told = (
+        r"batch size 8 does not divide over data x fsdp = 4 devices in 3 parts \(--accumulate\); use a multiple of 12"
+    )
+    with pytest.raises(UserError, match=told):
+        check_batch(8, mesh, 3)
 
 
 def test_a_reach_that_was_not_given_is_what_the_size_pays_for(tmp_path, teacher):
