@@ -1,5 +1,6 @@
 """Strict numerics for every test, and the real data beside the project where it is present."""
 
+import ctypes
 import gc
 import os
 from pathlib import Path
@@ -32,6 +33,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.partition("[")[0].removeprefix("tests/") in SLOW:
             item.add_marker(pytest.mark.slow)
+
+
+MOST_MEMORY = 2.5 * 2**30
+"""Of a worker, beyond which what JAX compiled is forgotten at the end of a file; few files share a function."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory():
+    """Gives memory back between files, where it can be asked for."""
+    yield
+    statm = Path("/proc/self/statm")
+    if statm.is_file() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") > MOST_MEMORY:
+        jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

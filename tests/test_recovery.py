@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -12,7 +13,7 @@ from benchmarks.equal_bytes import state_bytes, students
 from lizard_jax.cli import load_recipe
 from lizard_jax.convert.files import read_json
 from lizard_jax.convert.hf_config import model_config
-from lizard_jax.embedded import corpus, teacher_path
+from lizard_jax.embedded import budgets_path, corpus, teacher_path
 from lizard_jax.select.budgets import Curves
 
 
@@ -22,6 +23,9 @@ def call(tmp_path, monkeypatch):
     documents = list(corpus.documents("held_out"))
     (tmp_path / "train.txt").write_text("<|endoftext|>".join(documents[:4]))
     (tmp_path / "score.txt").write_text("unread<|endoftext|>" + documents[5])
+    # What each head needs is measured once and kept; tests/test_budgets.py measures.
+    (tmp_path / "out").mkdir()
+    shutil.copy(budgets_path(), tmp_path / "out" / "budgets.json")
 
     def run(*argv: str) -> int:
         given = ["recovery.py", f"--teacher={teacher_path()}", "--train", str(tmp_path / "train.txt"), "--score",
