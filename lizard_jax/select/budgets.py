@@ -309,17 +309,18 @@ def hull(prices: Sequence[int], curves: Curves, layer: int, head: int) -> list[t
 
 
 def reach(limit: Size, config: ModelConfig, switches: LizardConfig) -> int:
-    """Tokens that exact heads see: as ``retrieval_window`` says, or fewer, so that beyond windows and memory they take
-    no more than ``EXACT_SHARE`` of a size.
+    """Tokens that exact heads see: as ``retrieval_window`` says, or as the teacher's context has, or fewer, so that
+    beyond windows and memory they take no more than ``EXACT_SHARE`` of a size.
 
-    At an eighth of the cache at 8,192 tokens, a tenth of the heads see just these.
+    At an eighth of the cache at 8,192 tokens, a tenth of the heads see nearly these.
     """
     least, more = (
         state_bytes(replace(config, attention=replace(switches, retrieval_window=n, kept=0, budgets=())), limit.length)
         for n in (switches.window, switches.window + 1)
     )
     spare = max(0, int(EXACT_SHARE * (limit.bytes - least)))
-    return min(switches.retrieval_window, switches.window + spare // (more - least))
+    context = max(config.max_positions, switches.window)
+    return min(switches.retrieval_window, context, switches.window + spare // (more - least))
 
 
 def split(
