@@ -46,8 +46,9 @@ SHARES = (0.0, 0.25, 1.0, 4.0, 16.0)
 """Kept pairs that a head may have, in windows; finer steps gain nothing (docs/recipe.md)."""
 TOKENS = 8192
 """Tokens of text that curves are measured on."""
-EXACT_SHARE = 0.92
-"""Of what windows and memory leave of a state, how much bounded exact heads may take."""
+EXACT_SHARE = 0.6
+"""Of what windows and memory leave of a state, how much bounded exact heads may take: with 0.75 or more the other heads'
+pairs are too few for the text (docs/recipe.md)."""
 LENGTH = 8192
 """Tokens at which a growing cache is counted where nothing is said."""
 SIZE = re.compile(r"([^@]+?)(?:@(\d{1,8}))?")
@@ -311,8 +312,6 @@ def hull(prices: Sequence[int], curves: Curves, layer: int, head: int) -> list[t
 def reach(limit: Size, config: ModelConfig, switches: LizardConfig) -> int:
     """Tokens that exact heads see: as ``retrieval_window`` says, or as the teacher's context has, or fewer, so that
     beyond windows and memory they take no more than ``EXACT_SHARE`` of a size.
-
-    At an eighth of the cache at 8,192 tokens, a tenth of the heads see nearly these.
     """
     least, more = (
         state_bytes(replace(config, attention=replace(switches, retrieval_window=n, kept=0, budgets=())), limit.length)

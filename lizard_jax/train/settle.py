@@ -89,6 +89,8 @@ def settled(config: RunConfig, given: frozenset[str], earlier: RunConfig | None,
     """
     config = with_batch(dated(config, earlier), given, earlier, mesh)
     sharding.check_batch(config.data.batch_size, mesh, config.data.accumulate)
+    if config.stage == 2 and begun(stage_dir(config, 1)) is not None:
+        return config  # with stage 1's attention
     return with_budgets(with_heads(config, given, earlier, source, mesh), given, earlier, source, mesh)
 
 

@@ -57,7 +57,7 @@ def test_the_likely_attention_fills_the_state_and_no_more():
     more = dataclasses.replace(model.attention, kept=model.attention.kept + 1)
     assert budgets.state_bytes(model, 8192) <= limit.bytes
     assert budgets.state_bytes(dataclasses.replace(model, attention=more), 8192) > limit.bytes
-    assert 0 < model.attention.kept < 128
+    assert 0 < model.attention.kept < 1024
     two = estimate.shallow(model, 2)
     assert two.attention is not None
     assert two.attention.softmax_heads == ("0.0", "1.0")
