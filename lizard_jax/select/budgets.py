@@ -47,8 +47,8 @@ SHARES = (0.0, 0.25, 1.0, 4.0, 16.0)
 TOKENS = 8192
 """Tokens of text that curves are measured on."""
 EXACT_SHARE = 0.6
-"""Of what windows and memory leave of a state, how much bounded exact heads may take: with 0.75 or more the other heads'
-pairs are too few for the text (docs/recipe.md)."""
+"""Of what windows and memory leave of a state, how much bounded exact heads may take: with 0.75 and more the pairs of the
+other heads are too few for the text (docs/recipe.md)."""
 LENGTH = 8192
 """Tokens at which a growing cache is counted where nothing is said."""
 SIZE = re.compile(r"([^@]+?)(?:@(\d{1,8}))?")
