@@ -6,9 +6,9 @@
 Families of students of one teacher, each at several sizes, named by the tokens of a window of equal bytes: a window
 alone, a window of ``--window`` with as many kept pairs for every key head, with as many as each head needs (by
 ``--curves``), the same beside exact heads (by ``--heads``) that see ``--reach`` tokens, or as many as the size pays
-for, and whole layers that keep softmax attention (those that need most, by the curves). None of these is trained, and
-nothing here was seen by curves or ranking. Trained students join by ``--students NAME=DIR``: a stage directory, a
-Flax or an HF directory each.
+for, some with another share of it than the default, and whole layers that keep softmax attention (those that need
+most, by the curves). None of these is trained, and nothing here was seen by curves or ranking. Trained students join
+by ``--students NAME=DIR``: a stage directory, a Flax or an HF directory each.
 
 Loss is in nats of the second half of ``--lengths`` tokens: in the beginnings of articles of ``--wiki``, and where those
 are too short in stretches of the last document of ``--book``. A needle is a string of five tokens told once in that
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -57,12 +58,16 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
     "pairs by need": (1024, 258, 512),
     "pairs by need, 10% exact": (1024, 512, 258),
+    "pairs by need, 10% exact by 75%": (1024,),
+    "pairs by need, 10% exact by 92%": (1024, 512, 258),
     "pairs by need, 5% exact": (1024, 768),
     "window": (1024, 258, 512),
     "pairs alike": (1024, 258, 512),
     "exact layers": (1024,),
 }
-"""Tokens of a window of equal bytes, by family; a share of the key heads keeps ``--reach`` tokens."""
+"""Tokens of a window of equal bytes, by family. A share of the key heads is exact, for as many tokens as a share of
+what windows leave of the state pays for: ``budgets.EXACT_SHARE``, or the one told."""
+EXACT = re.compile(r".*?(\d+%) exact(?: by (\d+)%)?")
 LONG_SEED = 4
 """Of the needles, other than any that ranked."""
 
@@ -86,10 +91,11 @@ def student(told: argparse.Namespace, config: ModelConfig, family: str, tokens: 
         count = int((limit.bytes - least) // (cache - least // config.num_layers))
         need = curves.array[..., 0].sum(axis=1)
         return dataclasses.replace(near, softmax_layers=tuple(sorted(map(int, np.argsort(-need)[:count]))))
-    if "% exact" in family:
-        heads = choice.best(choice.read(told.heads), family.split()[-2], config)
+    if match := EXACT.fullmatch(family):
+        heads, share = choice.best(choice.read(told.heads), match[1], config), match[2]
         near = dataclasses.replace(near, softmax_heads=heads, retrieval_window=told.reach)
-        near = dataclasses.replace(near, retrieval_window=budgets.reach(limit, config, near))
+        reach = budgets.reach(limit, config, near, int(share) / 100 if share else budgets.EXACT_SHARE)
+        near = dataclasses.replace(near, retrieval_window=reach)
     return budgets.spend(curves, limit, config, near).switches
 
 

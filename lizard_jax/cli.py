@@ -25,6 +25,7 @@ from lizard_jax.program import program
 
 # Flags are named as their field. These two groups take their own name in front, and these fields another name.
 _PREFIXED = ("lora", "mesh")
+_PLAN = ("plan", "price", "plan_layers")
 _RENAMED = {"recipe": "config", "data.path": "data", "data.seed": "data-seed"}
 _GROUPS = {
     "": "run",
@@ -200,15 +201,17 @@ def parse(argv: Sequence[str] | None = None) -> tuple[RunConfig, frozenset[str]]
     known, _ = first.parse_known_args(argv)
     recipe = load_recipe(known.config, known.stage)
     given = vars(_parser(recipe).parse_args(argv))
-    given = {key: value for key, value in given.items() if value is not None and key not in ("plan", "price")}
+    given = {
+        key: value for key, value in given.items() if value is not None and key not in ("plan", "price", "plan_layers")
+    }
     attention = {key.removeprefix("attention."): given[key] for key in given if key.startswith("attention.")}
     config = with_preset(recipe, given.get("preset", recipe.preset), attention)
     rest = {key: value for key, value in given.items() if not key.startswith("attention.")}
     return override(config, rest | {"recipe": known.config, "stage": known.stage}), frozenset(given)
 
 
-def planned(argv: Sequence[str] | None = None) -> tuple[str, float | None] | None:
-    """The machines of ``--plan`` and the price of a device-hour, or None where a run is meant.
+def planned(argv: Sequence[str] | None = None) -> tuple[str, float | None, tuple[int, ...]] | None:
+    """The machines of ``--plan``, the price of a device-hour and the depths to compile; None where a run is meant.
 
     Raises:
         SystemExit: 2 after a malformed command line.
@@ -216,9 +219,9 @@ def planned(argv: Sequence[str] | None = None) -> tuple[str, float | None] | Non
     parser = _Parser(add_help=False)
     _add_plan(parser)
     told, _ = parser.parse_known_args(argv)
-    if told.plan is None and told.price is not None:
-        parser.error("--price belongs to --plan")
-    return None if told.plan is None else (told.plan, told.price)
+    if told.plan is None and (told.price is not None or told.plan_layers):
+        parser.error("--price and --plan-layers belong to --plan")
+    return None if told.plan is None else (told.plan, told.price, told.plan_layers or ())
 
 
 def _add_plan(parser: Any) -> None:
@@ -227,6 +230,10 @@ def _add_plan(parser: Any) -> None:
         "v5e-16, and say memory, time and device-hours",
     )  # fmt: skip
     parser.add_argument("--price", type=float, metavar="USD", help="of a device-hour, for the plan's bill")
+    parser.add_argument(
+        "--plan-layers", type=_list_of(int), metavar="A,B", help="layers to compile and go on from (default: 2,4); the "
+        "model's own number alone is exact, and slow",
+    )  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):

@@ -174,14 +174,32 @@ def variants(
             yield settled, mesh
 
 
-def plan(config: RunConfig, shape: ModelConfig, where: Machines, mesh: Mesh) -> Plan:
-    """The run on a mesh."""
-    depths = [min(depth, shape.num_layers) for depth in DEPTHS]
-    steps = [compiled(config, shallow(shape, depth), where.chip, mesh) for depth in dict.fromkeys(depths)]
-    work = [flops(config, shallow(shape, depth)) for depth in dict.fromkeys(depths)]
+def checked(depths: tuple[int, ...], layers: int) -> tuple[int, ...]:
+    """The depths to compile for a model of so many layers, of those asked for.
+
+    Raises:
+        UserError: neither two of them nor the model's own.
+    """
+    found = tuple(sorted({min(depth, layers) for depth in depths or DEPTHS}))
+    if found[0] < 1 or (len(found) != 2 and found != (layers,)):
+        raise UserError(
+            f"--plan-layers {','.join(map(str, depths))}: give two depths to go on from, as 2,4, or all {layers} alone"
+        )
+    return found
+
+
+def plan(config: RunConfig, shape: ModelConfig, where: Machines, mesh: Mesh, depths: tuple[int, ...] = ()) -> Plan:
+    """The run on a mesh.
+
+    Args:
+        depths: layers that are compiled: two that the model's are continued from (``DEPTHS``), or just its own.
+    """
+    depths = checked(depths, shape.num_layers)
+    steps = [compiled(config, shallow(shape, depth), where.chip, mesh) for depth in depths]
+    work = [flops(config, shallow(shape, depth)) for depth in depths]
 
     def deep(few: float, many: float) -> float:
-        return few + (many - few) * (shape.num_layers - depths[0]) / max(1, depths[1] - depths[0])
+        return few + (many - few) * (shape.num_layers - depths[0]) / max(1, depths[-1] - depths[0])
 
     def of(name: str) -> float:
         return deep(getattr(steps[0], name), getattr(steps[-1], name))

@@ -15,20 +15,23 @@ from lizard_jax.convert.hf_config import model_config
 from lizard_jax.embedded import teacher_config
 from lizard_jax.errors import UserError
 from lizard_jax.plan.absent import CannotCompile
-from lizard_jax.plan.estimate import ROOM, Machines, Plan, hours, likely, machines, plan, usefulness, variants
+from lizard_jax.plan.estimate import ROOM, Machines, Plan, checked, hours, likely, machines, plan, usefulness, variants
 from lizard_jax.train.loop import total_steps
 
 WIDTH = 112
 """Columns of the table, also where the terminal has fewer or there is none."""
 
 
-def show(config: RunConfig, given: frozenset[str], target: str, price: float | None) -> None:
+def show(
+    config: RunConfig, given: frozenset[str], target: str, price: float | None, depths: tuple[int, ...] = ()
+) -> None:
     """Print the plan of a run on machines that are not here.
 
     Args:
         given: dotted names of the settings that the command line gave.
         target: as ``machines`` reads it.
         price: USD of a device-hour.
+        depths: layers that are compiled, as ``plan`` has them.
 
     Raises:
         UserError: no such machines, no such teacher, compilers that are not installed, or nothing that fits.
@@ -37,6 +40,7 @@ def show(config: RunConfig, given: frozenset[str], target: str, price: float | N
     if price is not None and not 0 < price < 1e6:
         raise UserError(f"--price {price:g} is no price of a device-hour")
     shape = likely(config, shape_of(config))
+    checked(depths, shape.num_layers)
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, WIDTH)
     try:
@@ -47,7 +51,7 @@ def show(config: RunConfig, given: frozenset[str], target: str, price: float | N
             )
         found = []
         for settled, mesh in tqdm(chosen, desc="compiling", unit="mesh", file=sys.stderr, disable=None, leave=False):
-            found.append((settled, plan(settled, shape, where, mesh)))
+            found.append((settled, plan(settled, shape, where, mesh, depths)))
     except CannotCompile as error:
         raise UserError(f"{error}; uv run --group test train.py --plan … brings it") from None
     console.print(table(config, target, where, shape, [each for _, each in found]))
@@ -117,7 +121,7 @@ def words(config: RunConfig, shape: ModelConfig, where: Machines, best: Plan, pr
     kept = f"{assumed}{shape.attention.kept} kept pairs for every other" if shape.attention is not None else ""
     out.append(
         "Bounds at the chip's peaks, which real programs stay below: from all three overlapping to none of them. "
-        f"From the program compiled at two depths{f'; assumed: {kept}' if kept else ''}. Validations, compiling and "
+        f"From the program compiled at few layers{f'; assumed: {kept}' if kept else ''}. Validations, compiling and "
         "checkpoints come on top."
     )
     return out

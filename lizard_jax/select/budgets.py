@@ -47,8 +47,8 @@ SHARES = (0.0, 0.25, 1.0, 4.0, 16.0)
 TOKENS = 8192
 """Tokens of text that curves are measured on."""
 EXACT_SHARE = 0.6
-"""Of what windows and memory leave of a state, how much bounded exact heads may take: with 0.75 and more the pairs of the
-other heads are too few for the text (docs/recipe.md)."""
+"""Of what windows and memory leave of a state, how much bounded exact heads may take: with 0.75 and more the other
+heads have too few pairs for the text (docs/recipe.md)."""
 LENGTH = 8192
 """Tokens at which a growing cache is counted where nothing is said."""
 SIZE = re.compile(r"([^@]+?)(?:@(\d{1,8}))?")
@@ -309,15 +309,15 @@ def hull(prices: Sequence[int], curves: Curves, layer: int, head: int) -> list[t
     return steps
 
 
-def reach(limit: Size, config: ModelConfig, switches: LizardConfig) -> int:
+def reach(limit: Size, config: ModelConfig, switches: LizardConfig, share: float = EXACT_SHARE) -> int:
     """Tokens that exact heads see: as ``retrieval_window`` says, or as the teacher's context has, or fewer, so that
-    beyond windows and memory they take no more than ``EXACT_SHARE`` of a size.
+    they take no more than this share of what windows and memory leave of a size.
     """
     least, more = (
         state_bytes(replace(config, attention=replace(switches, retrieval_window=n, kept=0, budgets=())), limit.length)
         for n in (switches.window, switches.window + 1)
     )
-    spare = max(0, int(EXACT_SHARE * (limit.bytes - least)))
+    spare = max(0, int(share * (limit.bytes - least)))
     context = max(config.max_positions, switches.window)
     return min(switches.retrieval_window, context, switches.window + spare // (more - least))
 

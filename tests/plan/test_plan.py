@@ -73,15 +73,14 @@ def test_forward_flops_are_two_for_each_weight_that_a_token_meets():
 
 
 @needs_tpu
-def test_a_deep_model_is_planned_from_shallow_ones(monkeypatch):
+def test_a_deep_model_is_planned_from_shallow_ones():
     """From one and two layers, what three take when they are compiled."""
-    monkeypatch.setattr(estimate, "DEPTHS", (1, 2))
     attention = LizardConfig(window=16, chunk=16, feature_half=8, kept=4)
     shape = dataclasses.replace(MODEL, num_layers=3, head_dim=16, attention=attention)
     config = override(run_config(1), {"attention": attention, "data.batch_size": 4, "data.sequence_length": 128})
     where = estimate.Machines(CHIPS["v5e"], 4)
     mesh = step.mesh_over(absent.tpus(where.chip, 4), (1, 4, 1))
-    planned = estimate.plan(config, shape, where, mesh)
+    planned = estimate.plan(config, shape, where, mesh, (1, 2))
     real = step.compiled(config, shape, where.chip, mesh)
     assert planned.flops == step.flops(config, shape)
     assert planned.parts == step.parts(config, shape, mesh)
@@ -93,10 +92,9 @@ def test_a_deep_model_is_planned_from_shallow_ones(monkeypatch):
 
 
 @needs_tpu
-def test_the_command_says_what_fits_and_what_it_costs(capsys, monkeypatch):
-    monkeypatch.setattr(estimate, "DEPTHS", (1, 2))
-    line = "--plan v5e-4 --price 1.2 --window 16 --sequence-length 64 --batch-size 4 --mesh-fsdp 4 --tokens 25600"
-    assert train.main(["--stage=1", *line.split()]) == 0
+def test_the_command_says_what_fits_and_what_it_costs(capsys):
+    line = "--plan v5e-4 --plan-layers 1,2 --price 1.2 --window 16 --sequence-length 64 --batch-size 4 --mesh-fsdp 4"
+    assert train.main(["--stage=1", "--tokens=25600", *line.split()]) == 0
     told = capsys.readouterr().out
     assert "1 x 4 x 1" in told
     assert " yes " in told
@@ -115,7 +113,9 @@ def test_the_command_says_what_fits_and_what_it_costs(capsys, monkeypatch):
         ("--plan h100-0", "give a chip and how many"),
         ("--plan v5e-4 --price 0", "is no price of a device-hour"),
         ("--plan v5e-4 --price nan", "is no price of a device-hour"),
-        ("--price 3", "--price belongs to --plan"),
+        ("--price 3", "--price and --plan-layers belong to --plan"),
+        ("--plan v5e-4 --plan-layers 3", "give two depths to go on from, as 2,4, or all 6 alone"),
+        ("--plan v5e-4 --plan-layers 0,2", "give two depths"),
         ("--plan v5e-4 --teacher nowhere", "nowhere does not exist"),
         ("--plan v5e-4 --mesh-fsdp 3", "must be 4"),
         ("--plan v5e-4 --batch-size 3", "does not divide"),
