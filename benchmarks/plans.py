@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lizard_jax.atomic import write_atomic
 from lizard_jax.cli import load_recipe
-from lizard_jax.plan.estimate import hours, likely, machines, plan, usefulness, variants
+from lizard_jax.plan.estimate import forward_passes, hours, likely, machines, plan, variants
 from lizard_jax.plan.report import shape_of
 from lizard_jax.program import ended
 
@@ -41,7 +41,8 @@ def row(recipe: str, stage: int, target: str) -> dict[str, Any]:
     found = plan(settled, shape, where, mesh)
     out = dataclasses.asdict(found) | {"total": found.total, "least": found.least, "most": found.most}
     out["rows"], out["hours"] = settled.data.batch_size, hours(settled, found, where.devices)
-    out["usefulness"], out["seconds"] = usefulness(settled, shape, found), round(time.perf_counter() - start)
+    out["forward_passes"] = forward_passes(settled, shape, found)
+    out["seconds"] = round(time.perf_counter() - start)
     return out
 
 

@@ -234,7 +234,6 @@ def hours(config: RunConfig, found: Plan, devices: int) -> tuple[float, float]:
     return found.least * steps * devices / 3600, found.most * steps * devices / 3600
 
 
-def usefulness(config: RunConfig, shape: ModelConfig, found: Plan) -> float:
-    """FLOPs of the teacher's forward pass of a batch over those of the step: what one is of the other."""
-    tokens = config.data.batch_size * config.data.sequence_length
-    return forward_flops(shape, tokens) / found.flops
+def forward_passes(config: RunConfig, shape: ModelConfig, found: Plan) -> float:
+    """A step's FLOPs in forward passes of the teacher over the same batch."""
+    return found.flops / forward_flops(shape, config.data.batch_size * config.data.sequence_length)

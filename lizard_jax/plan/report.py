@@ -15,7 +15,18 @@ from lizard_jax.convert.hf_config import model_config
 from lizard_jax.embedded import teacher_config
 from lizard_jax.errors import UserError
 from lizard_jax.plan.absent import CannotCompile
-from lizard_jax.plan.estimate import ROOM, Machines, Plan, checked, hours, likely, machines, plan, usefulness, variants
+from lizard_jax.plan.estimate import (
+    ROOM,
+    Machines,
+    Plan,
+    checked,
+    forward_passes,
+    hours,
+    likely,
+    machines,
+    plan,
+    variants,
+)
 from lizard_jax.train.loop import total_steps
 
 WIDTH = 112
@@ -106,9 +117,9 @@ def words(config: RunConfig, shape: ModelConfig, where: Machines, best: Plan, pr
     tokens = rows * time
     out = [
         f"best: --mesh-data={best.mesh[0]} --mesh-fsdp={best.mesh[1]} --mesh-tensor={best.mesh[2]}"
-        + (f" --batch-size={rows}" if rows else "")
+        + f" --batch-size={rows}"
         + ("" if config.stage == 1 else " --remat" if best.remat else " --no-remat"),
-        f"{best.flops / 1e12:,.1f} TFLOP a step of {rows} x {time} tokens ({1 / usefulness(config, shape, best):.2f} "
+        f"{best.flops / 1e12:,.1f} TFLOP a step of {rows} x {time} tokens ({forward_passes(config, shape, best):.2f} "
         f"forward passes of the teacher), {best.memory / 1e9:.1f} GB of its memory and {best.links / 1e9:.2f} GB over "
         "links a device",
         f"{steps:,} steps: {steps * best.least / 3600:.2f} to {steps * best.most / 3600:.2f} hours, {low:.1f} to "
