@@ -66,9 +66,8 @@ def step_and_arguments(stage: int, devices: np.ndarray):
 
 @TPU
 @pytest.mark.parametrize(("stage", "shape"), [(1, (1, 4, 1)), (2, (1, 2, 2))])
-def test_a_training_step_on_four_tpus_has_the_kernels_in_it(stage, shape, monkeypatch):
+def test_a_training_step_on_four_tpus_has_the_kernels_in_it(stage, shape):
     """Under ``shard_map``: a kernel that XLA had to split would not compile."""
-    monkeypatch.setattr(stages, "compiler_options", lambda config: None)  # those of the CPU, which runs this process
     step, arguments = step_and_arguments(stage, np.array(tpu_slice("v5e")).reshape(shape))
     with target.override(Target("tpu", "v5e")):
         compiled = step.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()

@@ -64,7 +64,7 @@ def test_however_a_command_ends_it_says_one_line(raised, line, code, capsys):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize(
-    "line", ["convert linearize {teacher} {out} --memory none", "generate {teacher} --prompt a --max-new-tokens 3"]
+    "line", ["convert linearize {teacher} {out} --state-bytes=", "generate {teacher} --prompt a --max-new-tokens 3"]
 )
 def test_an_output_that_is_full_is_one_line(line, tmp_path):
     words = line.format(teacher=scripted(tmp_path / "model"), out=tmp_path / "out").split()
