@@ -107,7 +107,11 @@ def machines(text: str) -> Machines:
 
 
 def likely(config: RunConfig, shape: ModelConfig) -> ModelConfig:
-    """The model with an attention as costly as the settings will make it, alike in every layer."""
+    """The model with an attention as costly as the settings will make it, alike in every layer.
+
+    Raises:
+        UserError: no number of heads or no size, or one that is too small.
+    """
     attention = dataclasses.replace(config.attention, budgets=())
     if config.stage == 0:
         return dataclasses.replace(shape, attention=None)
@@ -131,6 +135,7 @@ def likely(config: RunConfig, shape: ModelConfig) -> ModelConfig:
         with_pairs = shallow(whole, 1)
         return budgets.state_bytes(with_pairs, limit.length) * shape.num_layers
 
+    budgets.check_size(limit, taken(0))
     low, high = 0, 1
     while taken(high) <= limit.bytes and high < 2**20:
         low, high = high, 2 * high

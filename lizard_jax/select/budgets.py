@@ -270,11 +270,7 @@ def spend(curves: Curves, limit: Size, config: ModelConfig, switches: LizardConf
         )
     bare = replace(switches, kept=0, budgets=())
     least = state_bytes(replace(config, attention=bare), limit.length)
-    if least > limit.bytes:
-        raise UserError(
-            f"a state of {limit.bytes:,} bytes (--state-bytes) is too small: windows, memory and exact heads "
-            f"alone take {least:,}; give more, or a smaller --window"
-        )
+    check_size(limit, least)
     # Pairs, the numbers that decide about them and about the window's, and a position for a class of their own.
     prices = [0 if kept == 0 else kept * (4 * config.head_dim + 8) + 4 * switches.window + 4 for kept in curves.kept]
     steps = []
@@ -294,6 +290,22 @@ def spend(curves: Curves, limit: Size, config: ModelConfig, switches: LizardConf
     out = replace(bare, budgets=tuple(budgets))
     cost = float(sum(curves.array[layer, head, n] for (layer, head), n in chosen.items()))
     return Spent(out, state_bytes(replace(config, attention=out), limit.length), cost)
+
+
+def check_size(limit: Size, least: int) -> None:
+    """Refuse a size that not even a student without kept pairs fits into.
+
+    Args:
+        least: bytes that it takes.
+
+    Raises:
+        UserError: they are more.
+    """
+    if least > limit.bytes:
+        raise UserError(
+            f"a state of {limit.bytes:,} bytes (--state-bytes) is too small: windows, memory and exact heads "
+            f"alone take {least:,}; give more, or a smaller --window"
+        )
 
 
 def hull(prices: Sequence[int], curves: Curves, layer: int, head: int) -> list[tuple[float, int, int]]:

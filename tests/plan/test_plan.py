@@ -114,6 +114,8 @@ def test_the_command_says_what_fits_and_what_it_costs(capsys):
         ("--plan v5e-4 --price 0", "is no price of a device-hour"),
         ("--plan v5e-4 --price nan", "is no price of a device-hour"),
         ("--price 3", "--price and --plan-layers belong to --plan"),
+        ("--plan v5e-4 --state-bytes 10", "is too small: windows, memory and exact heads alone take"),
+        ("--plan v5e-4 --heads auto:0", "0 of the key heads"),
         ("--plan v5e-4 --plan-layers 3", "give two depths to go on from, as 2,4, or all 6 alone"),
         ("--plan v5e-4 --plan-layers 0,2", "give two depths"),
         ("--plan v5e-4 --teacher nowhere", "nowhere does not exist"),
