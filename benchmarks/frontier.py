@@ -57,8 +57,8 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
     "pairs by need": (1024, 258, 512),
-    "pairs by need, 10% exact": (1024, 512, 258),
-    "pairs by need, 10% exact by 75%": (1024,),
+    "pairs by need, 10% exact": (1024,),
+    "pairs by need, 10% exact by 60%": (1024, 512, 258),
     "pairs by need, 10% exact by 92%": (1024, 512, 258),
     "pairs by need, 5% exact": (1024, 768),
     "window": (1024, 258, 512),

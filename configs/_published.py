@@ -8,8 +8,8 @@ from lizard_jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, p
 def published(recipe: str, teacher: str, shape: ModelConfig) -> dict[int, RunConfig]:
     """Stages 1 and 2: 20 M tokens each, 1,220 steps of 8 x 2048, learning rate 1e-2 then 5e-4.
 
-    A window of 128 and a quarter of the features; the tenth of the key heads that retrieve sees as many tokens as six
-    tenths of what is left pay for (some 5,000), and the others keep exact pairs, as many as each needs: in all an
+    A window of 128 and a quarter of the features; the tenth of the key heads that retrieve sees as many tokens as three
+    quarters of what is left pay for (some 6,500), and the others keep exact pairs, as many as each needs: in all an
     eighth of the cache at 8,192 tokens, at any length. On SmolLM2, at equal bytes, far better than all of the features,
     a wider window, or as many pairs for every head; without exact heads the loss is no lower, and nothing is found
     again that was said thousands of tokens ago.

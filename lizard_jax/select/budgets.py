@@ -46,9 +46,9 @@ SHARES = (0.0, 0.25, 1.0, 4.0, 16.0)
 """Kept pairs that a head may have, in windows; finer steps gain nothing (docs/recipe.md)."""
 TOKENS = 8192
 """Tokens of text that curves are measured on."""
-EXACT_SHARE = 0.6
-"""Of what windows and memory leave of a state, how much bounded exact heads may take: with 0.75 and more the other
-heads have too few pairs for the text (docs/recipe.md)."""
+EXACT_SHARE = 0.75
+"""Of what windows and memory leave of a state, how much bounded exact heads may take: with more the other heads
+have too few pairs for the text, with less little is found from far back (docs/recipe.md)."""
 LENGTH = 8192
 """Tokens at which a growing cache is counted where nothing is said."""
 SIZE = re.compile(r"([^@]+?)(?:@(\d{1,8}))?")
