@@ -201,9 +201,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[RunConfig, frozenset[str]]
     known, _ = first.parse_known_args(argv)
     recipe = load_recipe(known.config, known.stage)
     given = vars(_parser(recipe).parse_args(argv))
-    given = {
-        key: value for key, value in given.items() if value is not None and key not in ("plan", "price", "plan_layers")
-    }
+    given = {key: value for key, value in given.items() if value is not None and key not in _PLAN}
     attention = {key.removeprefix("attention."): given[key] for key in given if key.startswith("attention.")}
     config = with_preset(recipe, given.get("preset", recipe.preset), attention)
     rest = {key: value for key, value in given.items() if not key.startswith("attention.")}
