@@ -6,11 +6,11 @@
 On a GPU: ``log_gate_attention`` by each of its GPU implementations, features given (``triton``, ``pallas_gpu``) or
 made inside (``triton, mapped``), in bf16 at B=16, N=32, H=128 for every T, K and F; beside flash-linear-attention's
 ``chunk_simple_gla`` and ``chunk_gla`` (left out where it is not installed), which know no groups: they get keys and
-values repeated to N heads, untimed. Ours also divides by the sum of weights. One process, the same arrays, the same
-clock: calls queued one behind the other and waited for together. ``roofline`` is what the chip's peaks allow, see
-``benchmarks/chips/cost.py``. What is aimed at on an H200: at most half of ``chunk_simple_gla``'s time and 1.5 times the
-roofline. (The paper, A100, forward, T=2048: GLA 4.29 ms, its own kernel 3.25 ms.) ``benchmarks/tune.py`` finds the
-tiles for a GPU first.
+values repeated to N heads, untimed, and pick their tiles at the first size timed. Ours also divides by the sum of
+weights. One process, the same arrays, the same clock: calls queued one behind the other and waited for together.
+``roofline`` is what the chip's peaks allow, see ``benchmarks/chips/cost.py``. What is aimed at on an H200: at most half
+of ``chunk_simple_gla``'s time and 1.5 times the roofline. (The paper, A100, forward, T=2048: GLA 4.29 ms, its own
+kernel 3.25 ms.) ``benchmarks/tune.py`` finds the tiles for a GPU first.
 
 On a CPU: ``xla`` beside the same chunked computation in eager PyTorch, on one core and on all, in fp32 at a small
 size, two minutes; the ratio is to the better one.
@@ -30,6 +30,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ HERE = Path(__file__).resolve().parent
 GPU = {"batch": 16, "lengths": [2048, 4096, 8192], "heads": 32, "kv_heads": [32, 8], "width": 128, "features": [128]}
 CPU = {"batch": 1, "lengths": [512, 1024, 2048], "heads": 8, "kv_heads": [8, 2], "width": 64, "features": [128]}
 CHUNK = 64
+RIVALS = ("chunk_simple_gla", "chunk_gla")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +136,8 @@ def wait_torch(result: Any) -> None:
         torch.cuda.synchronize()
 
 
-def contestants(problem: Problem, implementations: list[str]) -> Iterator[Contestant]:
-    """Of one size."""
+def contestants(problem: Problem, implementations: list[str], rivals: list[str]) -> Iterator[Contestant]:
+    """Of one size, with those functions of flash-linear-attention where it is installed."""
     x = inputs(problem)
     dy = x.pop("dy")
     for name in implementations:
@@ -167,6 +169,8 @@ def contestants(problem: Problem, implementations: list[str]) -> Iterator[Contes
         k, v, g = (to_torch(x[name]).repeat_interleave(groups, 2) for name in "kvg")
         per_feature = g[..., None].expand(*g.shape, problem.F).contiguous()
         for name, foreign, gates in (("chunk_simple_gla", simple_gla, g), ("chunk_gla", gla, per_feature)):
+            if name not in rivals:
+                continue
             for which, call in torch_passes(foreign, [q, k, v, gates], to_torch(dy)).items():
                 yield Contestant(name, which, problem, call, wait_torch)
 
@@ -189,7 +193,7 @@ def distance(x: Any, y: Any) -> float:
     return float(np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)))
 
 
-def check(problem: Problem, implementations: list[str]) -> dict[str, float]:
+def check(problem: Problem, implementations: list[str], rivals: list[str]) -> dict[str, float]:
     """How far each contestant is from ``xla`` in fp32 at a short length: the largest of output and gradients.
 
     Those of flash-linear-attention do not divide, and are held against our op without division.
@@ -209,10 +213,10 @@ def check(problem: Problem, implementations: list[str]) -> dict[str, float]:
 
     limit = 1e-4 if short.dtype == jnp.float32 else 2e-2
     far = {}
-    for one in contestants(short, implementations):
+    for one in contestants(short, implementations, rivals):
         if one.which == "forward" or one.problem.act or one.name == "xla":
             continue
-        foreign = one.name in ("chunk_simple_gla", "chunk_gla")
+        foreign = one.name in RIVALS
         (y, grads), (true_y, true_grads) = one.call(), truth(not foreign)
         pairs = [(y, true_y), (grads[0], true_grads[0])]
         if not foreign:  # keys and values were repeated for them
@@ -221,6 +225,27 @@ def check(problem: Problem, implementations: list[str]) -> dict[str, float]:
         if not far[one.name] <= limit:
             raise SystemExit(f"{one.name} is not the same function: relative RMS {far[one.name]:.1e} from xla in fp32")
     return far
+
+
+def compiled(ready: list[Contestant]) -> list[Contestant]:
+    """Those of JAX compiled, side by side."""
+
+    def one(contestant: Contestant) -> Contestant:
+        call = contestant.call
+        if not isinstance(call, functools.partial):
+            return contestant
+        function: Any = call.func
+        return dataclasses.replace(contestant, call=functools.partial(function.lower(*call.args).compile(), *call.args))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(one, ready))
+
+
+def settle_foreign(problem: Problem, implementations: list[str], rivals: list[str]) -> None:
+    """The first call of flash-linear-attention's tunes it for all sizes to come."""
+    for one in contestants(problem, implementations, rivals):
+        if one.name in RIVALS:
+            one.wait(one.call())
 
 
 def in_turns(ready: list[Contestant], repeats: int, bar: tqdm) -> list[float]:
@@ -256,8 +281,9 @@ def measure(a: argparse.Namespace, dtype: jnp.dtype, implementations: list[str])
     with tqdm(total=0, disable=None, unit=" timings") as bar:
         for problem in problems:
             bar.set_postfix_str(f"T={problem.T} K={problem.K} F={problem.F}")
+            both = compiled(list(contestants(problem, implementations, a.rivals)))
             for which in PASSES:
-                ready = [one for one in contestants(problem, implementations) if one.which == which]
+                ready = [one for one in both if one.which == which]
                 bar.total += len(ready) * a.repeats
                 medians = dict(zip((one.name for one in ready), in_turns(ready, a.repeats, bar), strict=True))
                 for one in ready:
@@ -354,6 +380,9 @@ def parse(backend: str) -> argparse.Namespace:
         "--features", type=int, nargs="+", default=default["features"], metavar="F", help="(here: %(default)s)"
     )
     parser.add_argument("--repeats", type=int, default=20 if backend == "gpu" else 5, help="(here: %(default)s)")
+    parser.add_argument(
+        "--rivals", nargs="*", default=list(RIVALS), choices=RIVALS, help="of flash-linear-attention (both)"
+    )
     parser.add_argument("--out", type=Path, default=HERE, metavar="FOLDER", help="for the results (benchmarks/)")
     return parser.parse_args()
 
@@ -367,9 +396,10 @@ def main() -> int:
         print("flash-linear-attention is not installed (pip install flash-linear-attention): left out", file=sys.stderr)
     load = round(os.getloadavg()[0], 1)
     far: dict[str, float] = {}
+    settle_foreign(sizes(a, dtype)[0], implementations, a.rivals)
     for problem in sizes(a, dtype):
         if min(a.lengths) == problem.T:
-            for name, value in check(problem, implementations).items():
+            for name, value in check(problem, implementations, a.rivals).items():
                 far[name] = max(far.get(name, 0.0), value)
     rows = measure(a, dtype, implementations)
     device, told = jax.devices()[0].device_kind, table(rows)
