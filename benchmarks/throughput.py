@@ -5,9 +5,9 @@
 The recipe's model with random weights and text, the whole step of ``train.py`` (forward passes, gradients, optimizer)
 on one device, for three attentions: ``window and memory`` is the preset ``lizard`` by the chip's kernels; ``plain JAX``
 the same without kernels; ``recipe`` what the recipe ships, with its exact heads and kept pairs. Tokens a second,
-``teacher MFU`` (the FLOPs of one forward pass of the teacher, in the stage's number of passes, over the chip's peak),
-``matmuls`` (the share of the peak that the step's own matrix products reach), peak memory, and seconds to trace and
-compile. ``× plan`` is the measured time over the least of ``train.py --plan``: compute at the peak or memory at full
+``teacher MFU`` (the FLOPs of one forward pass of the teacher over the chip's peak), ``matmuls`` (the share of the peak
+that the step's own matrix products reach), memory that a step needs beside weights, seconds to trace and compile.
+``× plan`` is the measured time over the least of ``train.py --plan``: compute at the peak or memory at full
 rate, whichever is longer.
 
 Programs are compiled side by side; then steps are timed one program after another, medians. Prints a table and writes
@@ -17,12 +17,12 @@ Programs are compiled side by side; then steps are timed one program after anoth
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class Program:
 
     Attributes:
         seconds: to trace it, and to compile it.
+        temporaries: bytes that it needs beside what it is called with.
         memory: bytes that it moves to and from the device's memory, by its text.
     """
 
@@ -70,6 +71,7 @@ class Program:
     state: TrainState
     step: Any
     seconds: tuple[float, float]
+    temporaries: int
     memory: float
 
 
@@ -88,14 +90,10 @@ def built(name: str, config: RunConfig, shape: ModelConfig) -> Program:
     """The model with random weights on the device, and its step."""
     mesh, optimizer = sharding.make_mesh(config.mesh), Optimizer(config.optim, 100)
 
-    @jax.jit
-    def draw() -> tuple[Any, Any]:
-        model = build(shape, dtype=config.dtype, rngs=nnx.Rngs(0))
-        if config.stage == 2:
-            add_lora(model, config.lora, nnx.Rngs(1))
-        return nnx.split(model)
-
-    state = place(config, nnx.merge(*draw()), optimizer, mesh)
+    model = build(shape, dtype=config.dtype, rngs=nnx.Rngs(0))
+    if config.stage == 2:
+        add_lora(model, config.lora, nnx.Rngs(1))
+    state = place(config, model, optimizer, mesh)
     plain = target.override(target.Target("cpu")) if name.endswith("plain JAX") else contextlib.nullcontext()
     began = time.perf_counter()
     with plain:
@@ -104,7 +102,10 @@ def built(name: str, config: RunConfig, shape: ModelConfig) -> Program:
     traced = time.perf_counter()
     compiled = lowered.compile()
     seconds = traced - began, time.perf_counter() - traced
-    return Program(name, config, shape, state, compiled, seconds, moved(compiled.as_text() or "", 1).memory)
+    text, held = compiled.as_text() or "", compiled.memory_analysis()
+    return Program(
+        name, config, shape, state, compiled, seconds, held.temp_size_in_bytes if held else 0, moved(text, 1).memory
+    )
 
 
 def batch_of(config: RunConfig, shape: ModelConfig) -> Batch:
@@ -114,8 +115,8 @@ def batch_of(config: RunConfig, shape: ModelConfig) -> Batch:
     return Batch(tokens, tokens, np.ones(rows, np.int32), np.ones(rows, np.float32))
 
 
-def timed(one: Program, steps: int) -> tuple[float, float]:
-    """Median seconds of a step, and the peak of the device's memory so far in bytes."""
+def timed(one: Program, steps: int) -> float:
+    """Median seconds of a step."""
     state, batch, taken = one.state, jax.device_put(batch_of(one.config, one.shape)), []
     trainable, moments, metrics = state.trainable, state.optimizer, {}
     for _ in range(1 + steps):
@@ -125,15 +126,15 @@ def timed(one: Program, steps: int) -> tuple[float, float]:
         taken.append(time.perf_counter() - began)
     if not np.isfinite(float(metrics["loss"])):
         raise UserError(f"{one.name}: the loss is {float(metrics['loss'])}")
-    return float(np.median(taken[1:])), float((jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0))
+    return float(np.median(taken[1:]))
 
 
-def row(one: Program, seconds: float, memory: float) -> dict[str, Any]:
+def row(one: Program, seconds: float) -> dict[str, Any]:
     """What is told of a program."""
     tokens, chip = one.config.data.batch_size * one.config.data.sequence_length, chips.here(jax.devices()[0])
     found: dict[str, Any] = {
         "name": one.name, "stage": one.config.stage, "seconds": seconds, "tokens_per_second": tokens / seconds,
-        "peak_bytes": memory, "moved_bytes": one.memory, "trace_seconds": one.seconds[0],
+        "temporary_bytes": one.temporaries, "moved_bytes": one.memory, "trace_seconds": one.seconds[0],
         "compile_seconds": one.seconds[1], "forward_flops": forward_flops(one.shape, tokens),
         "flops": flops(one.config, one.shape),
     }  # fmt: skip
@@ -147,7 +148,7 @@ def row(one: Program, seconds: float, memory: float) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| stage, attention | tokens/s | ms a step | teacher MFU | matmuls | × plan | peak GiB | trace, compile s |",
+        "| stage, attention | tokens/s | ms a step | teacher MFU | matmuls | × plan | temporary GiB | trace, compile |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for one in rows:
@@ -156,7 +157,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         times = f"{one['trace_seconds']:.0f}, {one['compile_seconds']:.0f}"
         lines.append(
             f"| {one['name']} | {one['tokens_per_second']:,.0f} | {1e3 * one['seconds']:.1f} | {' | '.join(share)} | "
-            f"{over} | {one['peak_bytes'] / 2**30:.1f} | {times} |"
+            f"{over} | {one['temporary_bytes'] / 2**30:.1f} | {times} |"
         )
     return "\n".join(lines)
 
@@ -165,7 +166,10 @@ def run(told: argparse.Namespace) -> int:
     """The work of ``main``."""
     wanted = [(stage, kind) for stage in told.stages for kind in told.kinds]
     rows: list[dict[str, Any]] = []
-    with tqdm(total=2 * len(wanted), unit="program", disable=None) as bar, ThreadPoolExecutor(len(wanted)) as pool:
+    with (
+        tqdm(total=2 * len(wanted), unit="program", disable=None) as bar,
+        concurrent.futures.ThreadPoolExecutor(len(wanted)) as pool,
+    ):
 
         def make(stage: int, kind: str) -> Program:
             one = built(f"{stage}, {kind}", *settled(told.recipe, stage, kind, told))
@@ -173,11 +177,14 @@ def run(told: argparse.Namespace) -> int:
             return one
 
         made = [pool.submit(make, stage, kind) for stage, kind in wanted]
-        while made:  # in order, so that nothing is timed beside a compiler
-            for one in made:
-                one.exception()
+        concurrent.futures.wait(made)  # so that nothing is timed beside a compiler
+        while made:
             one = made.pop(0).result()
-            rows.append(row(one, *timed(one, told.steps)))
+            try:
+                rows.append(row(one, timed(one, told.steps)))
+            except jax.errors.JaxRuntimeError as error:
+                print(f"{one.name}: {str(error).splitlines()[0]}", file=sys.stderr)
+            del one
             bar.update()
     device = jax.devices()[0].device_kind
     title = f"`{told.recipe}`, {told.layers or 'all'} layers, {told.batch} x {told.length:,} tokens a step, {device}"

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -196,13 +197,14 @@ def neighbours(how: Any, group: Group) -> list[Any]:
     return [other for other in plans if other != how]
 
 
-def search(start: Any, groups: Sequence[Group], measure: Measure) -> tuple[Any, float]:
+def search(start: Any, groups: Sequence[Group], measure: Measure, seconds: float = math.inf) -> tuple[Any, float]:
     """The fastest plan found from ``start``, and its milliseconds.
 
     Args:
         measure: milliseconds of each of several plans, infinitely many for those that cannot be taken.
+        seconds: after which no other group of knobs is tried.
     """
-    best = start
+    best, end = start, time.monotonic() + seconds
     taken = {start: measure([start])[0]}
     since = 0
     for group in itertools.cycle(groups):
@@ -212,7 +214,7 @@ def search(start: Any, groups: Sequence[Group], measure: Measure) -> tuple[Any, 
         since += 1
         if taken[fastest] < GAIN * taken[best]:
             best, since = fastest, 0
-        if since == len(groups):
+        if since == len(groups) or time.monotonic() > end:
             break
     return best, taken[best]
 
@@ -291,8 +293,11 @@ def _distances(truth: Any, other: Any) -> Any:
     return jax.tree.map(one, truth, other)
 
 
-def tune(subject: Subject, bar: tqdm) -> dict[str, Any]:
+def tune(subject: Subject, bar: tqdm, seconds: float = math.inf) -> dict[str, Any]:
     """A row of the table.
+
+    Args:
+        seconds: to search for, in equal parts from each start and for the gradient.
 
     Raises:
         SystemExit: nothing ran, not even what the rules say.
@@ -304,9 +309,10 @@ def tune(subject: Subject, bar: tqdm) -> dict[str, Any]:
             f"error: the tiles that the rules give do not run here: {bench.refused} ({subject.key}, {ruled})"
         )
     forward, both = (functools.partial(bench.measure, which) for which in PASSES)
-    found = [search(start, subject.forward(start), forward) for start in subject.starts]
+    part = seconds / (len(subject.starts) + 1)
+    found = [search(start, subject.forward(start), forward, part) for start in subject.starts]
     best, forward_ms = min(found, key=lambda pair: pair[1])
-    best, both_ms = search(best, subject.backward(best), both)
+    best, both_ms = search(best, subject.backward(best), both, part)
     measured = {"forward_ms": forward_ms, "both_ms": both_ms, "ruled_forward_ms": before[0], "ruled_both_ms": before[1]}
     B, T = subject.dy.shape[:2]
     return subject.key | {"B": B, "T": T, "choice": dataclasses.asdict(best)} | measured
@@ -359,6 +365,9 @@ def main() -> int:
         "--kinds", nargs="+", default=["features", "exp", "window"], choices=KINDS, metavar="KIND",
         help=f"of {', '.join(KINDS)} (%(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, metavar="S", help="of searching for a problem (until nothing helps)"
+    )
     parser.add_argument("--table", type=Path, default=tuned.TABLE, metavar="FILE", help="to write to (tuned.json)")
     a = parser.parse_args()
     if odd := [K for K in a.kv_heads if a.heads % K]:
@@ -371,7 +380,7 @@ def main() -> int:
     for name, make in subjects(a).items():
         subject = make()
         with tqdm(disable=None, unit=" plans", desc=name) as bar:
-            rows[name] = tune(subject, bar)
+            rows[name] = tune(subject, bar, a.seconds)
         keep(subject.key, rows[name], a.table)
     print(table(rows))
     print(f"\nwrote {a.table}")

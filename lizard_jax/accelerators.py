@@ -1,9 +1,11 @@
 """What JAX is told of this machine before it looks.
 
 Where no accelerator is, it is told so: its plugins for them, if installed, complain at length when they find none. The
-test extra installs those plugins on any machine, for the compilers that they carry.
+test extra installs those plugins on any machine, for the compilers that they carry. Where a GPU is asked for, it is
+told whose: JAX takes ``gpu`` for every maker's, and fails at the first whose plugin is not installed.
 """
 
+import importlib.metadata
 import os
 import sys
 from collections.abc import MutableMapping
@@ -14,11 +16,24 @@ DEVICES = ("nvidia*", "dxg", "kfd", "accel*", "vfio", "dri")
 
 
 def settle_platform(environment: MutableMapping[str, str] = os.environ, devices: Path = Path("/dev")) -> None:
-    """Sets ``JAX_PLATFORMS=cpu`` where it is unset, JAX not yet imported, and this Linux machine has no accelerator."""
-    if sys.platform != "linux" or "JAX_PLATFORMS" in environment or "jax" in sys.modules:
+    """Before JAX is imported: sets ``JAX_PLATFORMS=cpu`` where it is unset and this Linux machine has no accelerator,
+    and puts the installed plugins' names in place of ``gpu``.
+    """
+    if "jax" in sys.modules:
         return
-    if not _any(devices):
+    if "JAX_PLATFORMS" in environment:
+        asked = environment["JAX_PLATFORMS"].split(",")
+        if "gpu" in asked and (makers := _gpu_makers()):
+            named = [name for one in asked for name in (makers if one == "gpu" else [one])]
+            environment["JAX_PLATFORMS"] = ",".join(named)
+    elif sys.platform == "linux" and not _any(devices):
         environment["JAX_PLATFORMS"] = "cpu"
+
+
+def _gpu_makers() -> list[str]:
+    """JAX's names of the GPUs that it has plugins for here, as ``cuda``."""
+    plugins = [entry.name for entry in importlib.metadata.entry_points(group="jax_plugins")]
+    return [maker for maker in ("cuda", "rocm") if any(name.startswith(f"xla_{maker}") for name in plugins)]
 
 
 def keep_compiled(environment: MutableMapping[str, str] = os.environ, devices: Path = Path("/dev")) -> None:

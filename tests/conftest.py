@@ -14,6 +14,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import lizard_jax  # noqa: F401, I001  # before JAX: of JAX_PLATFORMS=gpu it makes what JAX can start
 import jax
 import pytest
 

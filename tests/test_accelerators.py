@@ -21,10 +21,20 @@ def before_jax(monkeypatch):
 
 @pytest.mark.usefixtures("before_jax")
 @pytest.mark.parametrize(
-    ("nodes", "environment", "chosen"),
-    [([], {}, "cpu"), (["nvidia0"], {}, None), (["accel0"], {}, None), ([], {"JAX_PLATFORMS": "gpu"}, "gpu")],
+    ("nodes", "environment", "plugins", "chosen"),
+    [
+        ([], {}, [], "cpu"),
+        (["nvidia0"], {}, [], None),
+        (["accel0"], {}, [], None),
+        ([], {"JAX_PLATFORMS": "gpu"}, [], "gpu"),
+        (["nvidia0"], {"JAX_PLATFORMS": "gpu"}, ["xla_cuda13", "other"], "cuda"),
+        (["kfd"], {"JAX_PLATFORMS": "gpu,cpu"}, ["xla_rocm7"], "rocm,cpu"),
+        (["nvidia0"], {"JAX_PLATFORMS": "tpu"}, ["xla_cuda13"], "tpu"),
+    ],
 )
-def test_the_platform(tmp_path, nodes, environment, chosen):
+def test_the_platform(monkeypatch, tmp_path, nodes, environment, plugins, chosen):
+    found = [SimpleNamespace(name=name) for name in plugins]
+    monkeypatch.setattr(accelerators.importlib.metadata, "entry_points", lambda group: found)
     for node in nodes:
         (tmp_path / node).touch()
     accelerators.settle_platform(environment, tmp_path)

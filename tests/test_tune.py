@@ -49,6 +49,19 @@ def test_search_goes_downhill_to_the_best_tiles_that_run():
     assert all(dataclasses.replace(how, fused=start.fused, forward=start.forward) == start for how in asked)
 
 
+def test_search_ends_when_its_time_is_up():
+    start = linear.by_rule(LARGE, HOPPER, 64)
+    asked = []
+
+    def measure(plans):
+        asked.extend(plans)
+        return [float(how.fused == start.fused) + 1 for how in plans]
+
+    best, _ = tune.search(start, tune._forward_groups(LARGE, start), measure, seconds=0)
+    assert best != start
+    assert len(asked) <= 12
+
+
 def test_search_takes_no_noise_for_an_improvement_and_gives_up_where_nothing_runs():
     start = linear.by_rule(LARGE, HOPPER, 64)
     noise = random.Random(0)
