@@ -16,7 +16,7 @@ On a CPU: ``xla`` beside the same chunked computation in eager PyTorch, on one c
 size, two minutes; the ratio is to the better one.
 
 Every pair is first checked to give the same numbers. Contestants take turns; times are medians. Prints a table and
-writes ``kernels.json``, ``kernels.md`` and ``kernels.png`` to ``benchmarks/``.
+writes ``kernels.json``, ``kernels.md`` and ``kernels.png`` to ``benchmarks/``, anew after every size.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.chips import cost
-from benchmarks.timing import FEWEST_SECONDS, PASSES, Call, inputs, jax_passes, mapped_inputs, seconds_of
+from benchmarks.timing import FEWEST_SECONDS, PASSES, Call, inputs, jax_passes, mapped_inputs, say, seconds_of
 from lizard_jax.atomic import write_atomic
 from pallas_kernels.log_gate_attention import log_gate_attention, mapped_log_gate_attention
 from pallas_kernels.log_gate_attention.problem import Problem
@@ -60,6 +60,7 @@ HERE = Path(__file__).resolve().parent
 GPU = {"batch": 16, "lengths": [2048, 4096, 8192], "heads": 32, "kv_heads": [32, 8], "width": 128, "features": [128]}
 CPU = {"batch": 1, "lengths": [512, 1024, 2048], "heads": 8, "kv_heads": [8, 2], "width": 64, "features": [128]}
 CHUNK = 64
+LOAD = "others' load"
 RIVALS = ("chunk_simple_gla", "chunk_gla")
 
 
@@ -274,14 +275,16 @@ def chip_here() -> cost.Chip | None:
     return next((chip for name, chip in cost.CHIPS.items() if name in kind), None)
 
 
-def measure(a: argparse.Namespace, dtype: jnp.dtype, implementations: list[str]) -> list[dict]:
-    """A row per contestant, pass and size; ratios are of times taken in turns, at one size."""
+def measure(a: argparse.Namespace, dtype: jnp.dtype, implementations: list[str]) -> Iterator[list[dict]]:
+    """After every size all rows so far, one a contestant and pass; ratios are of times taken in turns, at one size."""
     rows, chip = [], chip_here()
     problems = sizes(a, dtype)
     with tqdm(total=0, disable=None, unit=" timings") as bar:
         for problem in problems:
-            bar.set_postfix_str(f"T={problem.T} K={problem.K} F={problem.F}")
+            size = f"T={problem.T} K={problem.K} F={problem.F}"
+            bar.set_postfix_str(size)
             both = compiled(list(contestants(problem, implementations, a.rivals)))
+            say(f"{size}: compiled")
             for which in PASSES:
                 ready = [one for one in both if one.which == which]
                 bar.total += len(ready) * a.repeats
@@ -297,7 +300,8 @@ def measure(a: argparse.Namespace, dtype: jnp.dtype, implementations: list[str])
                         if rivals := [taken for name, taken in medians.items() if name.startswith(other)]:
                             row[f"of {other}"] = medians[one.name] / min(rivals)
                     rows.append(row)
-    return rows
+            say(f"{size}: timed")
+            yield rows
 
 
 def table(rows: list[dict]) -> str:
@@ -397,38 +401,55 @@ def main() -> int:
     load = round(os.getloadavg()[0], 1)
     far: dict[str, float] = {}
     settle_foreign(sizes(a, dtype)[0], implementations, a.rivals)
+    say("rivals tuned")
     for problem in sizes(a, dtype):
         if min(a.lengths) == problem.T:
             for name, value in check(problem, implementations, a.rivals).items():
                 far[name] = max(far.get(name, 0.0), value)
-    rows = measure(a, dtype, implementations)
-    device, told = jax.devices()[0].device_kind, table(rows)
-    title = f"log_gate_attention on {device}, {dtype.name}, B={a.batch} N={a.heads} H={a.width}, chunk {CHUNK}"
-    agree = "Relative RMS from xla in fp32: " + ", ".join(f"{name} {value:.1e}" for name, value in far.items()) + "."
-    busy = f"Load of the machine's {os.cpu_count()} cores before this run: {load}."
-    text = "\n\n".join([title, told, agree, busy, aim(rows)])
-    packages = ("jax", "torch", "triton", "jax-triton", "flash-linear-attention")
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+    say("all agree")
     record = {
-        "device": device,
+        "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
-        "others' load": load,
-        "versions": versions,
+        LOAD: load,
+        "versions": versions(),
         "dtype": dtype.name,
         "B": a.batch,
+        "N": a.heads,
+        "H": a.width,
+        "chunk": CHUNK,
+        "repeats": a.repeats,
+        "agreement": far,
     }
-    record |= {"N": a.heads, "H": a.width, "chunk": CHUNK, "repeats": a.repeats, "agreement": far, "rows": rows}
-    a.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(a.out / "kernels.json", json.dumps(record, indent=1) + "\n")
-    write_atomic(a.out / "kernels.md", text + "\n")
-    plot(rows, a.out / "kernels.png", title)
+    text = ""
+    for rows in measure(a, dtype, implementations):
+        text = write(a.out, record | {"rows": rows})
     print(text)
     return 0
+
+
+def versions() -> dict[str, str | None]:
+    """Of what is timed."""
+    found: dict[str, str | None] = {}
+    for name in ("jax", "torch", "triton", "jax-triton", "flash-linear-attention"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def write(out: Path, record: dict[str, Any]) -> str:
+    """The results as JSON, table and picture; the table comes back."""
+    r, rows = record, record["rows"]
+    title = f"log_gate_attention on {r['device']}, {r['dtype']}, B={r['B']} N={r['N']} H={r['H']}, chunk {r['chunk']}"
+    agree = "Relative RMS from xla in fp32: " + ", ".join(f"{name} {x:.1e}" for name, x in r["agreement"].items()) + "."
+    busy = f"Load of the machine's {r['cores']} cores before this run: {r[LOAD]}."
+    text = "\n\n".join([title, table(rows), agree, busy, aim(rows)])
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "kernels.json", json.dumps(record, indent=1) + "\n")
+    write_atomic(out / "kernels.md", text + "\n")
+    plot(rows, out / "kernels.png", title)
+    return text
 
 
 if __name__ == "__main__":

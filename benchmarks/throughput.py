@@ -31,6 +31,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from benchmarks.timing import say
 from lizard_jax import sharding
 from lizard_jax.atomic import write_atomic
 from lizard_jax.cli import load_recipe
@@ -173,6 +174,7 @@ def run(told: argparse.Namespace) -> int:
 
         def make(stage: int, kind: str) -> Program:
             one = built(f"{stage}, {kind}", *settled(told.recipe, stage, kind, told))
+            say(f"{one.name}: traced in {one.seconds[0]:.0f} s, compiled in {one.seconds[1]:.0f}")
             bar.update()
             return one
 
@@ -182,6 +184,7 @@ def run(told: argparse.Namespace) -> int:
             one = made.pop(0).result()
             try:
                 rows.append(row(one, timed(one, told.steps)))
+                say(f"{one.name}: {1e3 * rows[-1]['seconds']:.1f} ms a step")
             except jax.errors.JaxRuntimeError as error:
                 print(f"{one.name}: {str(error).splitlines()[0]}", file=sys.stderr)
             del one

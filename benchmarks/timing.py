@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,13 @@ PASSES = ("forward", "forward+backward")
 FEWEST_SECONDS = 0.02  # of one measurement: calls are repeated to fill it
 
 Call = Callable[[], Any]
+_BEGAN = time.monotonic()
+
+
+def say(what: str) -> None:
+    """Where no terminal shows a bar: a line to a log, with the seconds since the program began."""
+    if not sys.stderr.isatty():
+        print(f"[{time.monotonic() - _BEGAN:.0f} s] {what}", file=sys.stderr, flush=True)
 
 
 def inputs(problem: Problem) -> dict[str, jax.Array]:

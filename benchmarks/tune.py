@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from benchmarks.timing import FEWEST_SECONDS, PASSES, inputs, jax_passes, mapped_inputs, seconds_of, window_inputs
+from benchmarks.timing import FEWEST_SECONDS, PASSES, inputs, jax_passes, mapped_inputs, say, seconds_of, window_inputs
 from lizard_jax.atomic import write_atomic
 from pallas_kernels import target, tuned
 from pallas_kernels.log_gate_attention import log_gate_attention, mapped_log_gate_attention
@@ -304,6 +304,7 @@ def tune(subject: Subject, bar: tqdm, seconds: float = math.inf) -> dict[str, An
     """
     bench, ruled = Bench(subject, bar), subject.starts[0]
     before = [bench.measure(which, [ruled])[0] for which in PASSES]
+    say(f"{bar.desc}: by the rules {before[0]:.3f} ms, both passes {before[1]:.3f}")
     if math.inf in before:
         raise SystemExit(
             f"error: the tiles that the rules give do not run here: {bench.refused} ({subject.key}, {ruled})"
@@ -381,6 +382,7 @@ def main() -> int:
         subject = make()
         with tqdm(disable=None, unit=" plans", desc=name) as bar:
             rows[name] = tune(subject, bar, a.seconds)
+            say(f"{name}: {rows[name]['forward_ms']:.3f} ms, both passes {rows[name]['both_ms']:.3f}")
         keep(subject.key, rows[name], a.table)
     print(table(rows))
     print(f"\nwrote {a.table}")
