@@ -304,7 +304,6 @@ def tune(subject: Subject, bar: tqdm, seconds: float = math.inf) -> dict[str, An
     """
     bench, ruled = Bench(subject, bar), subject.starts[0]
     before = [bench.measure(which, [ruled])[0] for which in PASSES]
-    say(f"{bar.desc}: by the rules {before[0]:.3f} ms, both passes {before[1]:.3f}")
     if math.inf in before:
         raise SystemExit(
             f"error: the tiles that the rules give do not run here: {bench.refused} ({subject.key}, {ruled})"
