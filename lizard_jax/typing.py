@@ -24,6 +24,6 @@ written with a space, ``Float[Array, " B"]``, so that linters do not take the le
 """
 
 from jax import Array
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key, Shaped
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key"]
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "Shaped"]

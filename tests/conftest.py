@@ -5,16 +5,6 @@ import gc
 import os
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
-if os.environ["JAX_PLATFORMS"] == "cpu":
-    # A third of the suite's time is LLVM's, on functions that run once. XLA's own passes stay as they are.
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import lizard_jax  # noqa: F401, I001  # before JAX: of JAX_PLATFORMS=gpu it makes what JAX can start
 import jax
 import pytest
 

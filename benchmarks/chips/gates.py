@@ -16,17 +16,16 @@ import jax.numpy as jnp
 
 from benchmarks.chips import cost
 from benchmarks.chips.compilers import Compiled, compile_for
-from pallas_kernels.log_gate_attention import dispatch as log_gate_dispatch
+from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.log_gate_attention import empty_state, log_gate_attention, mapped_log_gate_attention
 from pallas_kernels.log_gate_attention.problem import Act
 from pallas_kernels.log_gate_attention.problem import Problem as LogGateProblem
-from pallas_kernels.sliding_window import dispatch as window_dispatch
 from pallas_kernels.sliding_window import sliding_window
 from pallas_kernels.sliding_window.problem import Problem as WindowProblem
 
 TPUS, GPUS = ("v5e", "v5p", "v6e"), ("sm_80", "sm_90")
 CHIPS = {"pallas_tpu": TPUS, "triton": GPUS, "pallas_gpu": GPUS}
-OPS = {"log_gate_attention": log_gate_dispatch.IMPLEMENTATIONS, "sliding_window": window_dispatch.IMPLEMENTATIONS}
+OPS = ("log_gate_attention", "sliding_window")
 T, N, K, H, W = 2048, 32, 8, 128, 128
 FULL = 16  # sequences that fill a card: outputs and states come from one pass there
 CHUNK = 128  # of the TPU kernels at this shape
@@ -122,8 +121,8 @@ class Gate:
 
 def gates() -> Iterator[Gate]:
     """All of them."""
-    for op, implementations in OPS.items():
-        kernels = [name for name in implementations if name in CHIPS]
+    for op in OPS:
+        kernels = [name for name in IMPLEMENTATIONS if name in CHIPS]
         maps = ((None, None),) if op == "sliding_window" else itertools.product((128, 256), (None, "exp", "softmax"))
         for implementation, (F, act), which in itertools.product(kernels, maps, ("forward", "backward")):
             for chip in CHIPS[implementation]:

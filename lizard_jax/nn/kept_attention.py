@@ -7,10 +7,11 @@ import jax.numpy as jnp
 
 from lizard_jax.nn.context import Blocks, Context, Near
 from lizard_jax.nn.kept_pairs import KeptPairs, Sizes, aligned, filled, read, read_one, turn, unaligned
-from lizard_jax.nn.numerics import ABSENT, accumulation_dtype
+from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.nn.rope import cos_sin, inverse_frequencies, rotate
 from lizard_jax.typing import Array, Float
 from pallas_kernels.log_gate_attention import LinearState, log_gate_step, mapped_log_gate_attention
+from pallas_kernels.numerics import EMPTY
 from pallas_kernels.sliding_window import meta
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def near_with_pairs(
         )  # fmt: skip
     exact, exact_log = (unaligned(a, offset, time).astype(wide) for a in (found.near, found.near_log))
     heads, log = meta.merge([beside, (exact, exact_log)], context.v.dtype)
-    log = jnp.where(asks[..., None], log, ABSENT)
+    log = jnp.where(asks[..., None], log, EMPTY)
     return Near(jnp.where(asks[..., None, None], heads, jnp.zeros((), heads.dtype)), log, pairs, blocks)
 
 
@@ -112,8 +113,8 @@ def far_with_pairs(
         lost_k = turn(lost_k, *cos_sin(frequencies, lost_index - first[:, :, None, None]))
     log_gate = mixer.gate(blocks.x, blocks.k)
     log_gate = jnp.where(blocks.asks.reshape(batch, time, *(1,) * (log_gate.ndim - 2)), log_gate, 0.0)
-    key_scale = jnp.where(jnp.moveaxis(enters, 1, 2), 0.0, ABSENT).repeat(group, -1)
-    lost_scale = jnp.where(lost_index >= 0, 0.0, ABSENT).repeat(group, -1)
+    key_scale = jnp.where(jnp.moveaxis(enters, 1, 2), 0.0, EMPTY).repeat(group, -1)
+    lost_scale = jnp.where(lost_index >= 0, 0.0, EMPTY).repeat(group, -1)
     maps: dict[str, Any] = {
         "q_map": mixer.phi_q.kernel[...], "k_map": mixer.phi_k.kernel[...], "act": switches.act,
         "return_log_normalizer": True, "return_final_state": True, "chunk": switches.chunk,
@@ -131,7 +132,7 @@ def far_with_pairs(
         (q_feat, q_log_scale), (k_feat, scale) = mixer.phi_q(to_q), mixer.phi_k(to_k)
         far, far_log, linear = log_gate_step(
             q_feat[:, 0], k_feat[:, 0], source_v[:, 0], log_gate[:, 0],
-            k_log_scale=jnp.where(key_scale == 0.0, scale, ABSENT)[:, 0], state=linear,
+            k_log_scale=jnp.where(key_scale == 0.0, scale, EMPTY)[:, 0], state=linear,
         )  # fmt: skip
         return far[:, None], far_log[:, None] + q_log_scale, linear
 

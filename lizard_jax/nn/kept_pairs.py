@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lizard_jax.nn.numerics import ABSENT, accumulation_dtype
+from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.nn.rope import cos_sin, rotate
-from lizard_jax.typing import Array, Bool, Float, Int
+from lizard_jax.typing import Array, Bool, Float, Int, Shaped
+from pallas_kernels.numerics import EMPTY
 
 FADE = 0.9
 """What a border leaves of the attention received before it (benchmarks/kept.py)."""
@@ -176,7 +177,7 @@ def _where(rows: Bool[Array, " B"], new: KeptPairs, old: KeptPairs) -> KeptPairs
     return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old)
 
 
-def aligned(x: Float[Array, "B T ..."], offset: Int[Array, " B"], size: int) -> Float[Array, "B size ..."]:
+def aligned(x: Shaped[Array, "B T ..."], offset: Int[Array, " B"], size: int) -> Shaped[Array, "B size ..."]:
     """Each row moved right by its ``offset``, with zeros before and behind."""
     place = jnp.arange(size, dtype=jnp.int32) - offset[:, None]
     late = (1,) * (x.ndim - 2)
@@ -185,12 +186,12 @@ def aligned(x: Float[Array, "B T ..."], offset: Int[Array, " B"], size: int) -> 
     return jnp.where(there, taken, jnp.zeros((), x.dtype))
 
 
-def filled(x: Float[Array, "B T ..."], size: int) -> Float[Array, "B size ..."]:
+def filled(x: Shaped[Array, "B T ..."], size: int) -> Shaped[Array, "B size ..."]:
     """``aligned`` of rows that all begin with a block."""
     return jnp.pad(x, [(0, 0), (0, size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
 
 
-def unaligned(x: Float[Array, "B size ..."], offset: Int[Array, " B"], time: int) -> Float[Array, "B T ..."]:
+def unaligned(x: Shaped[Array, "B size ..."], offset: Int[Array, " B"], time: int) -> Shaped[Array, "B T ..."]:
     """The ``time`` slots of each row from its ``offset`` on."""
     return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, time))(x, offset)
 
@@ -288,11 +289,11 @@ def _attend(
     scores = jnp.concatenate([near_scores, far_scores], axis=-1) * jnp.asarray(width**-0.5, wide)
     met = jnp.concatenate([jnp.broadcast_to(seen[:, None], (batch, groups, block, window + block)), seen_far], axis=-1)
     met = met[:, :, None]  # [B, K, 1, C, WC + X]
-    top = jax.lax.stop_gradient(jnp.max(jnp.where(met, scores, ABSENT), axis=-1))
+    top = jax.lax.stop_gradient(jnp.max(jnp.where(met, scores, EMPTY), axis=-1))
     weights = jnp.where(met, jnp.exp(jnp.where(met, scores - top[..., None], 0.0)), 0.0)
     total = weights.sum(axis=-1)
     there = total > 0
-    n = jnp.where(there, jnp.log(jnp.where(there, total, 1.0)) + top, ABSENT)  # [B, K, G, C]
+    n = jnp.where(there, jnp.log(jnp.where(there, total, 1.0)) + top, EMPTY)  # [B, K, G, C]
     values = jnp.concatenate([jnp.moveaxis(v, 2, 1), pairs.v.astype(v.dtype)], axis=2)
     y = jnp.einsum(
         "bkgcj,bkjh->bkgch", weights.astype(v.dtype), values, precision=precision, preferred_element_type=wide
@@ -313,7 +314,7 @@ def _attend(
     return back(y), back(n), received[:, :, : window + block], received_pairs
 
 
-def turn(x: Float[Array, "B X K H"], cos: Float[Array, "B X K H/2"], sin: Float[Array, "B X K H/2"]) -> Array:
+def turn(x: Float[Array, "... H"], cos: Float[Array, "... H/2"], sin: Float[Array, "... H/2"]) -> Array:
     """``rotate`` by angles of every head's own."""
     wide = accumulation_dtype(x)
     first, second = jnp.split(x.astype(wide), 2, axis=-1)

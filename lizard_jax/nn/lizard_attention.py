@@ -17,11 +17,12 @@ from lizard_jax.nn.feature_map import FeatureMap, slow_start
 from lizard_jax.nn.gate import Gate
 from lizard_jax.nn.kept_attention import far_with_pairs, near_with_pairs
 from lizard_jax.nn.kept_pairs import Sizes, no_pairs
-from lizard_jax.nn.numerics import ABSENT, accumulation_dtype
+from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.nn.params import NewParam
 from lizard_jax.nn.rope import cos_sin, inverse_frequencies, rotate, segment_positions
 from lizard_jax.typing import Array, Float, Int
 from pallas_kernels.log_gate_attention import LinearState, empty_state, log_gate_step, mapped_log_gate_attention
+from pallas_kernels.numerics import EMPTY
 from pallas_kernels.sliding_window import sliding_window
 
 
@@ -292,10 +293,10 @@ class LizardMixer(nnx.Module):
             to_q = rotate(q, *cos_sin(frequencies, positions))
             to_k = rotate(source_k, *cos_sin(frequencies, positions - age))
         log_gate = self.gate(context.x, k)
-        k_log_scale = jnp.where(present, 0.0, ABSENT)[..., None].repeat(self.state_heads, -1)
+        k_log_scale = jnp.where(present, 0.0, EMPTY)[..., None].repeat(self.state_heads, -1)
         if time == 1:
             (q_feat, q_log_scale), (k_feat, own) = self.phi_q(to_q), self.phi_k(to_k)
-            k_log_scale = jnp.where(present[..., None], own, ABSENT)
+            k_log_scale = jnp.where(present[..., None], own, EMPTY)
             there = (segments[:, 0] != 0).reshape(-1, *(1,) * (log_gate.ndim - 2))
             far, far_log, linear = log_gate_step(
                 q_feat[:, 0], k_feat[:, 0], source_v[:, 0], jnp.where(there, log_gate[:, 0], 0.0),

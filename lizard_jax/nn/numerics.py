@@ -3,13 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-ABSENT = -1e30
-"""Log-weight of something that is not there: finite, so that differences of two of them stay numbers."""
+from pallas_kernels.numerics import accumulator
 
 
 def accumulation_dtype(*arrays: jax.Array) -> jnp.dtype:
     """fp32, or float64 where an input already is: what sums, gates, scores and new parameters are computed in."""
-    return jnp.dtype(jnp.float64 if any(a.dtype == jnp.float64 for a in arrays) else jnp.float32)
+    return accumulator(*(a.dtype for a in arrays))
 
 
 def precision(x: jax.Array) -> jax.lax.Precision:

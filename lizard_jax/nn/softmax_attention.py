@@ -23,8 +23,8 @@ def interval_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    first: Int[Array, "B T"],
-    last: Int[Array, "B T"],
+    first: Int[Array, "#B T"],
+    last: Int[Array, "#B T"],
 ) -> Float[Array, "B T N H"]:
     """``softmax(q kᵀ/√H) v`` where query t sees keys ``first[t] … last[t]``; an empty interval gives 0.
 
@@ -76,7 +76,7 @@ def interval_attention(
 
 
 def causal_attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], first: Int[Array, "B T"]
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], first: Int[Array, "#B T"]
 ) -> Float[Array, "B T N H"]:
     """``interval_attention`` of a whole text, where query t sees keys ``first[t] … t``."""
     length = q.shape[1]

@@ -20,11 +20,12 @@ from lizard_jax.config import LizardConfig
 from lizard_jax.data.loader import Batch
 from lizard_jax.models.llama import Block, Llama
 from lizard_jax.nn.lizard_attention import LizardMixer
-from lizard_jax.nn.numerics import ABSENT, accumulation_dtype
+from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.nn.params import NewParam
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
 from lizard_jax.nn.split_attention import students_of
 from lizard_jax.typing import Array, Float, Int
+from pallas_kernels.numerics import ABSENT
 
 AGES = (0.5, 2.0, 8.0, 64.0)
 """Candidates for the mean age of what a state holds, in windows: a gate of bias b forgets one part in e^b a token."""
@@ -170,7 +171,7 @@ def _probe(
     def candidate(bias: Array | None, offset: Array) -> tuple[Array, Array]:
         branches = _with(parts, bias=bias).branches(*inputs, segment_ids=segment_ids, near=near)
         assert branches.far_log is not None
-        there = real & (branches.far_log > 0.1 * ABSENT)
+        there = real & (branches.far_log > ABSENT)
         odds = jnp.where(there, branches.near_log - branches.far_log, 0.0).sum((0, 1))
         measured = odds / jnp.maximum(there.sum((0, 1)), 1).astype(odds.dtype)
         offset = jnp.where(jnp.isnan(offset), measured, offset)

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import partition
-from pallas_kernels.log_gate_attention.dispatch import choose
+from pallas_kernels.dispatch import choose
 from pallas_kernels.log_gate_attention.exponents import FORGET
 from pallas_kernels.log_gate_attention.problem import Act, Problem
 from pallas_kernels.log_gate_attention.segments import apply_segments
-from pallas_kernels.log_gate_attention.state import ABSENT, EMPTY, LinearState, empty_state
+from pallas_kernels.log_gate_attention.state import LinearState, empty_state
 from pallas_kernels.log_gate_attention.step import step
+from pallas_kernels.numerics import ABSENT, EMPTY, accumulator
 from pallas_kernels.partition import HEADS, MEMORY, TOKENS
 
 if TYPE_CHECKING:
@@ -208,12 +209,11 @@ def _choose(problem: Problem, implementation: str | None, chunk: int):
         raise ValueError(f"log_gate_attention: chunk is {chunk}, must be at least 1")
     if problem.T < 1:
         raise ValueError("log_gate_attention: no tokens; T must be at least 1")
-    return choose(problem, implementation)
+    return choose("log_gate_attention", problem, implementation)
 
 
-def _accumulator(*arrays: Array | None):
-    wide = any(x.dtype == jnp.float64 for x in arrays if x is not None)
-    return jnp.float64 if wide else jnp.float32
+def _accumulator(*arrays: Array | None) -> jnp.dtype:
+    return accumulator(*(x.dtype for x in arrays if x is not None))
 
 
 def _widest(*arrays: Array) -> jnp.dtype:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.log_gate_attention.state import ABSENT, EMPTY
+from pallas_kernels.numerics import ABSENT, EMPTY
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int

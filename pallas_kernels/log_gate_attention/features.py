@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.log_gate_attention.problem import Act
-from pallas_kernels.log_gate_attention.state import ABSENT, EMPTY
+from pallas_kernels.numerics import ABSENT, EMPTY
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

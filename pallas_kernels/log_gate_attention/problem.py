@@ -34,6 +34,11 @@ class Problem:
     act: Act | None = None
     width: int | None = None
 
+    @property
+    def kernels_pay(self) -> bool:
+        """A kernel is chosen unasked: a step of generation has a function of its own."""
+        return True
+
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.log_gate_attention.state import EMPTY, SMALLEST
+from pallas_kernels.log_gate_attention.state import SMALLEST
+from pallas_kernels.numerics import EMPTY
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -32,7 +33,7 @@ def _divide_bwd(saved, cotangent):
 _divide.defvjp(_divide_fwd, _divide_bwd)
 
 
-def weight(there: Bool[Array, "*any"], exponent: Float[Array, "*any"]) -> Float[Array, "*any"]:
+def weight(there: Bool[Array, "*#any"], exponent: Float[Array, "*#any"]) -> Float[Array, "*any"]:
     """``e^exponent``, and 0 without a gradient for what is not there."""
     return jnp.where(there, jnp.exp(jnp.where(there, exponent, 0.0)), 0.0)
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from pallas_kernels.log_gate_attention.exponents import exponents
 from pallas_kernels.log_gate_attention.grouped import Tokens
 from pallas_kernels.log_gate_attention.readout import holds, read, unscale
-from pallas_kernels.log_gate_attention.state import ABSENT, EMPTY, LinearState
+from pallas_kernels.log_gate_attention.state import LinearState
+from pallas_kernels.numerics import ABSENT, EMPTY
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.log_gate_attention.state import EMPTY
+from pallas_kernels.numerics import EMPTY
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int

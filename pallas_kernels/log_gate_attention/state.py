@@ -1,4 +1,4 @@
-"""The fixed-size memory of gated linear attention, and the numbers that mark what is not in it."""
+"""The fixed-size memory of gated linear attention."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.numerics import EMPTY
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-EMPTY = -1e30  # log weight of what is not there; also the log normalizer of an empty memory
-ABSENT = -1e29  # a log weight at or below this is not there
 SMALLEST = 1e-30  # a denominator, relative to the row's largest decay, that counts as zero
 
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.log_gate_attention.readout import read, weight
-from pallas_kernels.log_gate_attention.state import ABSENT, EMPTY, LinearState
+from pallas_kernels.log_gate_attention.state import LinearState
+from pallas_kernels.numerics import ABSENT, EMPTY
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import partition
+from pallas_kernels.dispatch import choose
+from pallas_kernels.numerics import EMPTY, accumulator
 from pallas_kernels.partition import BATCH, HEADS, TOKENS, WHOLE
 from pallas_kernels.sliding_window import meta
-from pallas_kernels.sliding_window.dispatch import choose
-from pallas_kernels.sliding_window.problem import ABSENT, Problem, accumulator
+from pallas_kernels.sliding_window.problem import Problem
 
 if TYPE_CHECKING:
     from jax import Array
@@ -28,8 +29,8 @@ def sliding_window(
     window: int,
     rope_frequencies: Float[Array, " H/2"] | None = None,
     sink: Float[Array, " N"] | None = None,
-    learned_k: Float[Array, "M K H"] | None = None,
-    learned_v: Float[Array, "M K H"] | None = None,
+    learned_k: Float[Array, "learned K H"] | None = None,
+    learned_v: Float[Array, "learned K H"] | None = None,
     prefix_k: Float[Array, "B P M K H"] | None = None,
     prefix_v: Float[Array, "B P M K H"] | None = None,
     positions: Int[Array, "B T"] | None = None,
@@ -88,8 +89,8 @@ def sliding_window(
 
     wide = accumulator(q.dtype)
     frequencies = None if rope_frequencies is None else lax.stop_gradient(rope_frequencies.astype(jnp.float32))
-    logit = jnp.full((N,), ABSENT, wide) if sink is None else sink.astype(wide)
-    chosen = choose(Problem(B, T, N, K, H, window, q.dtype, frequencies is not None), implementation)
+    logit = jnp.full((N,), EMPTY, wide) if sink is None else sink.astype(wide)
+    chosen = choose("sliding_window", Problem(B, T, N, K, H, window, q.dtype, frequencies is not None), implementation)
 
     def attend(*arrays):
         return chosen.attend(*arrays, window)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.sliding_window.problem import ABSENT, accumulator
+from pallas_kernels.numerics import EMPTY, accumulator
 from pallas_kernels.sliding_window.rope import rotate, tables
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def _attend(
     s = jnp.einsum("bptkgh,bpmkh->bptkgm", grouped, k, precision=precision, preferred_element_type=wide)
     s = s.reshape(B, T, N, M) * jnp.asarray(H**-0.5, wide)
     seen = met[:, :, None]
-    top = lax.stop_gradient(jnp.max(jnp.where(seen, s, ABSENT), axis=-1))
+    top = lax.stop_gradient(jnp.max(jnp.where(seen, s, EMPTY), axis=-1))
     weights = jnp.where(seen, jnp.exp(jnp.where(seen, s - top[..., None], 0.0)), 0.0)
     total = jnp.sum(weights, axis=-1)
     there = total > 0
@@ -52,7 +52,7 @@ def _attend(
         "bptkgm,bpmkh->bptkgh", weights.astype(q.dtype), v.astype(q.dtype), precision=precision,
         preferred_element_type=wide,
     )  # fmt: skip
-    return y.reshape(B, T, N, H), jnp.where(there, jnp.log(total) + top, ABSENT)
+    return y.reshape(B, T, N, H), jnp.where(there, jnp.log(total) + top, EMPTY)
 
 
 def attend_learned(
@@ -106,8 +106,8 @@ def beside(
     """All meta memory of a query as one softmax beside its window: arguments as ``sliding_window`` has them,
     and ``last`` as ``attend_prefix``."""
     wide = accumulator(q.dtype)
-    logit = jnp.full((q.shape[2],), ABSENT, wide) if sink is None else sink.astype(wide)
-    sunk = jnp.where((q_segments != 0)[..., None], logit, ABSENT)
+    logit = jnp.full((q.shape[2],), EMPTY, wide) if sink is None else sink.astype(wide)
+    sunk = jnp.where((q_segments != 0)[..., None], logit, EMPTY)
     parts = [(jnp.zeros(q.shape, wide), sunk)]
     if learned is not None:
         parts.append(attend_learned(q, *learned, q_segments))

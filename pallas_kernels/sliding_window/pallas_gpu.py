@@ -1,9 +1,5 @@
 """The window as Pallas kernels for GPUs, compiled by Triton; nothing but JAX is needed.
 
-Of Pallas' two GPU backends this is the Triton one, for it alone covers Ampere as well as Hopper (Mosaic GPU's matmuls
-are Hopper's and Blackwell's), multiplies fp32 as fp32 and runs in the plain interpreter. JAX 0.11 warns that it is to
-go, which is why JAX below 0.12 is pinned.
-
 Three kernels. Forward: one program per tile of queries and query head, which meets the tile's W + 32 keys tile by tile
 with a running maximum. Queries' gradient: the same walk, with the normalizer at hand. Keys' gradient: one program per
 tile of keys and key head, which meets the queries of its group that reach it. Nothing is repeated or added atomically.
@@ -13,8 +9,6 @@ A head comes as two halves, for rotation pairs their features. Each is padded wi
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -25,7 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import target
-from pallas_kernels.sliding_window.problem import ABSENT, Implementation, Problem, differentiable
+from pallas_kernels.limits import PALLAS_GPU
+from pallas_kernels.numerics import ABSENT, EMPTY
+from pallas_kernels.pallas_triton import dot, launch, power_of_two
+from pallas_kernels.sliding_window.problem import Implementation, Problem, differentiable
 from pallas_kernels.sliding_window.rope import tables
 
 if TYPE_CHECKING:
@@ -34,8 +31,6 @@ if TYPE_CHECKING:
 
 TILE = 32  # rows that a program owns
 WALK = 64  # and columns that they meet at once; Triton splits the longer side of a chain of matmuls over the warps
-WIDEST = 256
-WARPS = 8
 
 
 class _Plan(NamedTuple):
@@ -53,19 +48,7 @@ class _Plan(NamedTuple):
     interpret: bool
 
 
-def _power_of_two(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
-
-
 # --- inside the kernels: one tile -------------------------------------------------------------------------------------
-
-
-def _dot(a: Float[Array, "m k"], b: Float[Array, "k n"], axes: tuple[int, int] = (1, 0)) -> Float[Array, "m n"]:
-    """Product in fp32 over an axis of each; fp32 operands are multiplied as such."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(
-        a, b, (((axes[0],), (axes[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
 
 
 class _Halves(NamedTuple):
@@ -75,11 +58,11 @@ class _Halves(NamedTuple):
     second: Float[Array, "rows half"]
 
     def dot(self, other: _Halves) -> Float[Array, "rows others"]:
-        return _dot(self.first, other.first, (1, 1)) + _dot(self.second, other.second, (1, 1))
+        return dot(self.first, other.first, (1, 1)) + dot(self.second, other.second, (1, 1))
 
     def weigh(self, weights: Float[Array, "out rows"]) -> _Halves:
         """Weighted sums of rows."""
-        return _Halves(_dot(weights, self.first), _dot(weights, self.second))
+        return _Halves(dot(weights, self.first), dot(weights, self.second))
 
     def plus(self, other: _Halves) -> _Halves:
         return _Halves(self.first + other.first, self.second + other.second)
@@ -172,7 +155,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, q_ids, k_ids, sink_ref, *refs, plan: _P
         k = _turned(keys, keys.head(k_ref, head), angles[2:])
         met = _met(queries.places[:, None], keys.places[None, :], ids[:, None], keys.load(k_ids)[None, :], plan.W)
         s = q.dot(k) * plan.H**-0.5
-        higher = jnp.maximum(top, jnp.max(jnp.where(met, s, ABSENT), 1))
+        higher = jnp.maximum(top, jnp.max(jnp.where(met, s, EMPTY), 1))
         weights = _weights(s, met, higher[:, None])
         lower = jnp.exp(top - higher)
         added = keys.head(v_ref, head).weigh(weights.astype(plan.dtype))
@@ -180,14 +163,14 @@ def _forward_kernel(q_ref, k_ref, v_ref, q_ids, k_ids, sink_ref, *refs, plan: _P
 
     # A sink is a logit without a value: where the walk starts.
     sink = sink_ref[n]
-    sunk = (ids != 0) & (sink > 0.1 * ABSENT)
-    top, total = jnp.where(sunk, sink, ABSENT), jnp.where(sunk, 1.0, 0.0)
+    sunk = (ids != 0) & (sink > ABSENT)
+    top, total = jnp.where(sunk, sink, EMPTY), jnp.where(sunk, 1.0, 0.0)
     first, last = _query_walk(plan, start)
     top, total, y = lax.fori_loop(first, last, body, (top, total, _zeros(TILE, plan.half)))
     there = total > 0
     safe = jnp.where(there, total, 1.0)
     queries.store_head(y_ref, y.times((1.0 / safe)[:, None]), n)
-    queries.store(n_ref, jnp.where(there, top + jnp.log(safe), ABSENT), n)
+    queries.store(n_ref, jnp.where(there, top + jnp.log(safe), EMPTY), n)
 
 
 def _queries_kernel(q_ref, k_ref, v_ref, q_ids, k_ids, dy_ref, n_ref, shift_ref, *refs, plan: _Plan):
@@ -241,26 +224,11 @@ def _keys_kernel(q_ref, k_ref, v_ref, q_ids, k_ids, dy_ref, n_ref, shift_ref, *r
 # --- around the kernels -----------------------------------------------------------------------------------------------
 
 
-def _call(kernel: Callable, plan: _Plan, grid: tuple[int, ...], inputs, outputs) -> Any:
-    # XLA finds a kernel by its function's name.
-    def run(*refs):
-        kernel(*refs, plan=plan)
-
-    run.__name__ = run.__qualname__ = kernel.__name__.strip("_")
-    call = pl.pallas_call(
-        run, grid=grid, out_shape=outputs, interpret=plan.interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
-    )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-        return call(*inputs)
-
-
 def _planned(q: Array, k: Array, frequencies: Array | None, window: int) -> tuple[_Plan, list[Array]]:
     """And the tables of angles: cosines and sines of the queries, then of the keys."""
     (B, T, N, H), K = q.shape, k.shape[2]
     plan = _Plan(
-        B, T, N, K, H, _power_of_two(H // 2), window, frequencies is not None, q.dtype, target.current().interpret
+        B, T, N, K, H, power_of_two(H // 2), window, frequencies is not None, q.dtype, target.current().interpret
     )  # fmt: skip
     if frequencies is None:
         return plan, []
@@ -291,34 +259,26 @@ def _forward(q, k, v, q_segments, k_segments, sink, frequencies, window: int):
     q, k, v = (_split(x, plan) for x in (q, k, v))
     grid = (plan.B, plan.N, -(-plan.T // TILE))
     outputs = (_shape(q), jax.ShapeDtypeStruct((plan.B, plan.T, plan.N), jnp.float32))
-    y, n = _call(_forward_kernel, plan, grid, (q, k, v, q_segments, k_segments, sink, *angles), outputs)
+    y, n = launch(_forward_kernel, plan, grid, (q, k, v, q_segments, k_segments, sink, *angles), outputs)
     return _join(y, plan), n
 
 
 def _backward(q, k, v, q_segments, k_segments, sink, frequencies, window: int, y, n, dy, dn):
     plan, angles = _planned(q, k, frequencies, window)
     shift = dn - jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), -1)
-    there = (n > 0.1 * ABSENT) & (sink > 0.1 * ABSENT)
+    there = (n > ABSENT) & (sink > ABSENT)
     dsink = jnp.sum(jnp.where(there, jnp.exp(jnp.where(there, sink - n, 0.0)), 0.0) * shift, (0, 1))
     q, k, v, dy = (_split(x, plan) for x in (q, k, v, dy))
     inputs = (q, k, v, q_segments, k_segments, dy, n, shift, *angles)
-    dq = _call(_queries_kernel, plan, (plan.B, plan.N, -(-plan.T // TILE)), inputs, _shape(q))
+    dq = launch(_queries_kernel, plan, (plan.B, plan.N, -(-plan.T // TILE)), inputs, _shape(q))
     tiles = -(-(plan.T + window) // TILE)
-    dk, dv = _call(_keys_kernel, plan, (plan.B, plan.K, tiles), inputs, (_shape(k), _shape(v)))
+    dk, dv = launch(_keys_kernel, plan, (plan.B, plan.K, tiles), inputs, (_shape(k), _shape(v)))
     return _join(dq, plan), _join(dk, plan), _join(dv, plan), dsink.astype(sink.dtype)
 
 
 def cannot_run(problem: Problem, place: target.Target) -> str | None:
     """Why these kernels cannot compute a problem on a target, in one line; None where they can."""
-    if not place.interpret and place.platform != "gpu":
-        return f"pallas_gpu runs on GPUs; this process has {place.platform}"
-    if (unfit := target.unfit_gpu(place)) is not None:
-        return f"pallas_gpu: {unfit}"
-    if problem.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"inputs are {jnp.dtype(problem.dtype).name}; pallas_gpu takes bfloat16 and float32"
-    if problem.H % 16 or problem.H > WIDEST:
-        return f"H is {problem.H}; pallas_gpu needs multiples of 16 up to {WIDEST}"
-    return None
+    return PALLAS_GPU.refusal(place, problem.dtype, H=problem.H)
 
 
 IMPLEMENTATION = Implementation(differentiable(_forward, _backward), cannot_run)

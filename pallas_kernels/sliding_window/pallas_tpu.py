@@ -21,7 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import target
-from pallas_kernels.sliding_window.problem import ABSENT, Implementation, Problem, differentiable
+from pallas_kernels.limits import PALLAS_TPU
+from pallas_kernels.numerics import ABSENT, EMPTY
+from pallas_kernels.sliding_window.problem import Implementation, Problem, differentiable
 from pallas_kernels.sliding_window.rope import tables
 from pallas_kernels.staggered import staggered
 
@@ -206,10 +208,10 @@ def _window_forward(layout: _Layout, turned: bool, sink, *refs):
 
     def weigh(item: int, s: Array) -> tuple[Array, Array, Array]:
         tile, g = tiles[item // layout.G], item % layout.G
-        s = jnp.where(tile.met, s * scale, ABSENT)
-        logit = jnp.where(q_segments[:, tile.queries] != 0, sink[head, g], ABSENT)
+        s = jnp.where(tile.met, s * scale, EMPTY)
+        logit = jnp.where(q_segments[:, tile.queries] != 0, sink[head, g], EMPTY)
         top = jnp.maximum(jnp.max(s, axis=0, keepdims=True), logit)
-        top = jnp.maximum(top, 0.1 * ABSENT)  # so that what is absent weighs 0 where all is
+        top = jnp.maximum(top, ABSENT)  # so that what is absent weighs 0 where all is
         weights = jnp.exp(s - top)
         total = jnp.sum(weights, axis=0, keepdims=True) + jnp.exp(logit - top)
         return a_b(values[:, tile.keys], weights.astype(v.dtype)), top, total
@@ -219,7 +221,7 @@ def _window_forward(layout: _Layout, turned: bool, sink, *refs):
         (num, top, total), there = read, read[2] > 0
         total = jnp.where(there, total, 1.0)
         y[tile.queries, g * width : (g + 1) * width] = (num * (1.0 / total)).astype(y.dtype).T
-        n[g : g + 1, tile.queries] = jnp.where(there, top + jnp.log(total), ABSENT)
+        n[g : g + 1, tile.queries] = jnp.where(there, top + jnp.log(total), EMPTY)
 
     staggered(len(tiles) * layout.G, query, meet, weigh, write)
 
@@ -261,7 +263,7 @@ def _window_backward(layout: _Layout, turned: bool, sink, *refs):
             p = jnp.where(tile.met, jnp.exp(s * scale - normalizer), 0.0)
             gain = dn[g : g + 1, tile.queries] - jnp.sum(p * dp, axis=0, keepdims=True)
             ds = (p * (dp + gain)).astype(q.dtype)
-            share = jnp.where(normalizer > 0.1 * ABSENT, jnp.exp(sink[head, g] - normalizer), 0.0)
+            share = jnp.where(normalizer > ABSENT, jnp.exp(sink[head, g] - normalizer), 0.0)
             dsink[g : g + 1, tile.queries] = share * gain
             return at_b(ds, slab[tile.keys]), a_b(ds, query), a_b(p.astype(q.dtype), cotangent)
 
@@ -352,12 +354,8 @@ def _backward(q, k, v, q_segments, k_segments, sink, frequencies, window, y, n, 
 
 
 def _cannot_run(problem: Problem, where: target.Target) -> str | None:
-    if where.platform != "tpu":
-        return f"pallas_tpu runs on TPUs; this process has {where.platform}"
-    if problem.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"the inputs are {problem.dtype}; pallas_tpu takes bfloat16 and float32"
-    if problem.H % 16:
-        return f"H is {problem.H}; pallas_tpu needs multiples of 16"
+    if (refusal := PALLAS_TPU.refusal(where, problem.dtype, H=problem.H)) is not None:
+        return refusal
     span, G = _round_up(problem.W, TILE), problem.N // problem.K
     needed = _vmem(TILE, span, G, _width(problem.H), problem.dtype.itemsize)
     if needed > VMEM:

@@ -15,13 +15,8 @@ from pallas_kernels.target import Target
 if TYPE_CHECKING:
     from jax import Array
 
-ABSENT = -1e30
-"""Logit of a sink that is not there and log-normalizer of a row that meets nothing; above -1e29 is present."""
-
-
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    """What scores, sums and normalizers of inputs of this dtype are computed in: fp32, or fp64 for fp64."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+FEWEST_QUERIES = 16
+"""Kernels work in tiles of queries; for a step of generation XLA's fusion of a matrix-vector product is as good."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +31,11 @@ class Problem:
     W: int
     dtype: jnp.dtype
     rope: bool
+
+    @property
+    def kernels_pay(self) -> bool:
+        """A kernel is chosen unasked."""
+        return self.T >= FEWEST_QUERIES
 
 
 @dataclasses.dataclass(frozen=True)

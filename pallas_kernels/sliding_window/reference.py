@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.sliding_window.problem import ABSENT, Implementation, accumulator
+from pallas_kernels.numerics import ABSENT, EMPTY, accumulator
+from pallas_kernels.sliding_window.problem import Implementation
 from pallas_kernels.sliding_window.rope import rotate, tables
 
 if TYPE_CHECKING:
@@ -38,17 +39,17 @@ def attend(
 
     near = (keys > queries[:, None] - window) & (keys <= queries[:, None])
     same = (q_segments[:, :, None] == k_segments[:, None, :]) & (q_segments[:, :, None] != 0)
-    s = jnp.where((near & same)[:, None, None], s, ABSENT)
+    s = jnp.where((near & same)[:, None, None], s, EMPTY)
     sinks = jnp.broadcast_to(sink.astype(wide).reshape(K, N // K, 1), s.shape[:-1])
-    sinks = jnp.where((q_segments != 0)[:, None, None], sinks, ABSENT)
+    sinks = jnp.where((q_segments != 0)[:, None, None], sinks, EMPTY)
     logits = jnp.concatenate([s, sinks[..., None]], axis=-1)
 
     top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.where(logits > 0.1 * ABSENT, jnp.exp(jnp.where(logits > 0.1 * ABSENT, logits - top, 0.0)), 0.0)
+    weights = jnp.where(logits > ABSENT, jnp.exp(jnp.where(logits > ABSENT, logits - top, 0.0)), 0.0)
     sums = jnp.sum(weights, axis=-1)
     there = sums > 0
     sums = jnp.where(there, sums, 1.0)
-    n = jnp.where(there, jnp.log(sums) + top[..., 0], ABSENT)
+    n = jnp.where(there, jnp.log(sums) + top[..., 0], EMPTY)
     y = jnp.einsum("bkgij,bjkh->bikgh", weights[..., :-1] / sums[..., None], values, precision=lax.Precision.HIGHEST)
     return y.reshape(B, T, N, H).astype(v.dtype), jnp.moveaxis(n, 3, 1).reshape(B, T, N)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.sliding_window.problem import accumulator
+from pallas_kernels.numerics import accumulator
 
 if TYPE_CHECKING:
     from jax import Array

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.sliding_window.problem import ABSENT, Implementation, accumulator
+from pallas_kernels.numerics import ABSENT, EMPTY, accumulator
+from pallas_kernels.sliding_window.problem import Implementation
 from pallas_kernels.sliding_window.rope import rotate, tables
 
 if TYPE_CHECKING:
@@ -91,16 +92,16 @@ def attend(
     met = (band & same)[:, :, None, None]
     s = jnp.einsum("bckqh,bckjh->bckqj", q, k, precision=precision, preferred_element_type=wide)
     s = s.reshape(B, count, K, N // K, block, -1) * jnp.asarray(H**-0.5, wide)
-    sinks = jnp.where((q_segments != 0)[:, :, None, None], sink.astype(wide).reshape(K, N // K, 1), ABSENT)
-    top = lax.stop_gradient(jnp.maximum(jnp.max(jnp.where(met, s, ABSENT), axis=-1), sinks))
+    sinks = jnp.where((q_segments != 0)[:, :, None, None], sink.astype(wide).reshape(K, N // K, 1), EMPTY)
+    top = lax.stop_gradient(jnp.maximum(jnp.max(jnp.where(met, s, EMPTY), axis=-1), sinks))
 
     # Masked before exp: a masked score may be far above the row's maximum.
     weights = jnp.where(met, jnp.exp(jnp.where(met, s - top[..., None], 0.0)), 0.0)
-    sunk = sinks > 0.1 * ABSENT
+    sunk = sinks > ABSENT
     total = jnp.sum(weights, axis=-1) + jnp.where(sunk, jnp.exp(jnp.where(sunk, sinks - top, 0.0)), 0.0)
     there = total > 0
     total = jnp.where(there, total, 1.0)
-    n = jnp.where(there, jnp.log(total) + top, ABSENT)
+    n = jnp.where(there, jnp.log(total) + top, EMPTY)
     weights = weights.astype(v.dtype).reshape(B, count, K, -1, window + block)
     y = jnp.einsum("bckqj,bckjh->bckqh", weights, v, precision=precision, preferred_element_type=wide)
     y = y.reshape(*total.shape, H) / total[..., None]

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import target
+from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.log_gate_attention import LinearState, log_gate_attention, mapped_log_gate_attention
-from pallas_kernels.log_gate_attention.dispatch import IMPLEMENTATIONS
 from pallas_kernels.target import Target
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 5e-3}

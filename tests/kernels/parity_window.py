@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.sliding_window import sliding_window
-from pallas_kernels.sliding_window.dispatch import IMPLEMENTATIONS
 from tests.kernels import parity
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import partition, target
+from pallas_kernels.dispatch import IMPLEMENTATIONS, choose, load
 from pallas_kernels.log_gate_attention import (
     empty_state,
     feature_map,
@@ -17,7 +18,6 @@ from pallas_kernels.log_gate_attention import (
     log_gate_step,
     mapped_log_gate_attention,
 )
-from pallas_kernels.log_gate_attention.dispatch import IMPLEMENTATIONS, choose
 from pallas_kernels.log_gate_attention.problem import Problem
 from tests.kernels import parity
 from tests.kernels.parity import Draw, Shape
@@ -342,7 +342,7 @@ def test_a_fitting_implementation_is_picked():
 
     def picked(problem, place):
         with target.override(place):
-            return choose(problem, None).attend.__module__.split(".")[2]
+            return choose("log_gate_attention", problem, None).attend.__module__.split(".")[2]
 
     tpu, gpu, cpu = target.Target("tpu", "v5e"), target.Target("gpu", "sm_90"), target.Target("cpu")
     assert picked(fits, tpu) == "pallas_tpu"
@@ -375,17 +375,15 @@ def test_bad_input_is_told_in_one_line():
 @pytest.mark.parametrize("chip", ["sm_86", "sm_89", "sm_120"])
 def test_gpus_of_less_shared_memory_are_left_to_xla(chip):
     """Tiles for an A100 or an H100 would not fit them; each kernel says so, and none is chosen."""
-    from pallas_kernels.log_gate_attention import dispatch
     from pallas_kernels.log_gate_attention.problem import Problem
-    from pallas_kernels.sliding_window import dispatch as window_dispatch
     from pallas_kernels.sliding_window.problem import Problem as WindowProblem
 
     attention = Problem(2, 2048, 32, 8, 8, 128, 128, jnp.dtype("bfloat16"), act="exp", width=128)
     window = WindowProblem(2, 2048, 32, 8, 128, 128, jnp.dtype("bfloat16"), True)
     here = target.Target("gpu", chip)
-    for op, problem in ((dispatch, attention), (window_dispatch, window)):
+    for op, problem in (("log_gate_attention", attention), ("sliding_window", window)):
         with target.override(here):
-            assert op.choose(problem, None) is op.load("xla")
+            assert choose(op, problem, None) is load(op, "xla")
         for name in ("triton", "pallas_gpu"):
             if importlib.util.find_spec("jax_triton") is not None or name == "pallas_gpu":
-                assert op.load(name).cannot_run(problem, here).endswith(f"sm_103; this is {chip}")
+                assert load(op, name).cannot_run(problem, here).endswith(f"sm_103; this is {chip}")

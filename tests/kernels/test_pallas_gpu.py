@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.chips import compilers
 from pallas_kernels import target
-from pallas_kernels.log_gate_attention import dispatch as log_gate
+from pallas_kernels.dispatch import choose
 from pallas_kernels.log_gate_attention import empty_state
 from pallas_kernels.log_gate_attention.pallas_gpu import IMPLEMENTATION as ATTENTION
 from pallas_kernels.log_gate_attention.problem import Problem
@@ -65,7 +65,7 @@ def test_it_runs_on_gpus_alone():
         assert ATTENTION.cannot_run(Problem(**SIZES), place) == reason
         assert WINDOW.cannot_run(window, place) == reason
     with target.override(Target("gpu", "sm_90")):
-        assert log_gate.choose(Problem(**SIZES), "pallas_gpu") is ATTENTION
+        assert choose("log_gate_attention", Problem(**SIZES), "pallas_gpu") is ATTENTION
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
 from pallas_kernels import partition, target
+from pallas_kernels.dispatch import KERNELS, choose
 from pallas_kernels.sliding_window import sliding_window
-from pallas_kernels.sliding_window.dispatch import KERNELS, choose
 from pallas_kernels.sliding_window.problem import Problem
 from pallas_kernels.target import Target
 from tests.kernels import parity, parity_window
@@ -176,9 +176,9 @@ def test_default_fits_the_platform():
     odd, step = dataclasses.replace(problem, H=20), dataclasses.replace(problem, T=1)
     for platform, names in {**KERNELS, "cpu": ()}.items():
         with target.override(Target(platform, {"tpu": "v5e", "gpu": "sm_90"}.get(platform))):
-            assert choose(problem, None).kernel == bool(names)
-            assert not choose(odd, None).kernel
-            assert not choose(step, None).kernel
+            assert choose("sliding_window", problem, None).kernel == bool(names)
+            assert not choose("sliding_window", odd, None).kernel
+            assert not choose("sliding_window", step, None).kernel
 
 
 @pytest.mark.parametrize("name", [name for name in AVAILABLE if name in parity.STAND_INS])

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.dispatch import load
 from pallas_kernels.sliding_window import sliding_window
-from pallas_kernels.sliding_window.dispatch import load
 from pallas_kernels.sliding_window.problem import Problem
 from pallas_kernels.sliding_window.triton.attend import MOST_GROUPED, tiles_of
 from pallas_kernels.target import GPUS, Target
@@ -59,7 +59,7 @@ def test_a_key_head_of_many_query_heads():
 
 @needs_triton
 def test_it_says_what_it_cannot_run():
-    cannot_run = load("triton").cannot_run
+    cannot_run = load("sliding_window", "triton").cannot_run
     for chip in (*GPUS, None):
         assert cannot_run(problem(), Target("gpu", chip)) is None
     assert "this is sm_86" in cannot_run(problem(), Target("gpu", "sm_86"))

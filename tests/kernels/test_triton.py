@@ -133,7 +133,7 @@ def test_what_it_cannot_run_is_told_in_one_line(monkeypatch):
     assert cannot_run(dataclasses.replace(large, dtype=jnp.dtype("float32")), H100) == told
     assert "per feature" in str(cannot_run(problem(1, 8, 64, vector_gates=True), H100))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert cannot_run(problem(1, 8, 256), H100) == "triton needs the packages triton and jax-triton"
+    assert cannot_run(problem(1, 8, 256), H100) == "triton needs triton and jax_triton, which this environment lacks"
 
 
 @needs_triton

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import target as targets
+from pallas_kernels.limits import PALLAS_TPU
 from pallas_kernels.log_gate_attention.pallas_tpu import backward as backward_pass
 from pallas_kernels.log_gate_attention.pallas_tpu import forward as forward_pass
 from pallas_kernels.log_gate_attention.pallas_tpu.layout import (
@@ -124,15 +125,9 @@ def attend_mapped(
 
 def cannot_run(problem: Problem, target: Target) -> str | None:
     """Why not, in one line; None where it can."""
-    if problem.vector_gates:
-        return "pallas_tpu has one gate a head; gates of one value per feature need xla"
-    if problem.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"pallas_tpu computes in bfloat16 or float32, not {jnp.dtype(problem.dtype).name}"
-    for name, size in (("F", problem.F), ("H", problem.H), ("the width of raw queries", problem.width)):
-        if size is not None and size % 16:
-            return f"{name} is {size}; pallas_tpu needs multiples of 16"
-    if target.platform != "tpu":
-        return f"pallas_tpu runs on TPUs; this process has {target.platform}"
+    sizes = {"F": problem.F, "H": problem.H, "X": problem.width}
+    if (refusal := PALLAS_TPU.refusal(target, problem.dtype, vector_gates=problem.vector_gates, **sizes)) is not None:
+        return refusal
     return None if plan_call(problem, target, normalize=True, chunk=LANES) else TOO_LARGE
 
 

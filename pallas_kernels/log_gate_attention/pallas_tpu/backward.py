@@ -14,7 +14,7 @@ from pallas_kernels.log_gate_attention.pallas_tpu.features import Features, to_r
 from pallas_kernels.log_gate_attention.pallas_tpu.layout import Blocks, Plan, call
 from pallas_kernels.log_gate_attention.pallas_tpu.matmul import Stack, dot, dot_exactly, dot_finely, stack
 from pallas_kernels.log_gate_attention.pallas_tpu.rows import columns, places, row, stacked
-from pallas_kernels.log_gate_attention.state import ABSENT
+from pallas_kernels.numerics import ABSENT
 from pallas_kernels.staggered import staggered
 
 if TYPE_CHECKING:

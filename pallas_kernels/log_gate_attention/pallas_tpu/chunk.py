@@ -13,7 +13,8 @@ from pallas_kernels.log_gate_attention.pallas_tpu.decay import Decay
 from pallas_kernels.log_gate_attention.pallas_tpu.features import Features, features
 from pallas_kernels.log_gate_attention.pallas_tpu.matmul import dot, dot_exactly, dot_finely
 from pallas_kernels.log_gate_attention.pallas_tpu.rows import stacked
-from pallas_kernels.log_gate_attention.state import ABSENT, SMALLEST
+from pallas_kernels.log_gate_attention.state import SMALLEST
+from pallas_kernels.numerics import ABSENT
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

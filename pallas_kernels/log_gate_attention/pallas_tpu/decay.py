@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.log_gate_attention.pallas_tpu.matmul import dot_exactly
 from pallas_kernels.log_gate_attention.pallas_tpu.rows import columns, places, stacked
-from pallas_kernels.log_gate_attention.state import ABSENT, EMPTY
+from pallas_kernels.numerics import ABSENT, EMPTY
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

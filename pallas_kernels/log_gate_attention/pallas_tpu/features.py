@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.log_gate_attention.pallas_tpu.matmul import dot
-from pallas_kernels.log_gate_attention.state import EMPTY
+from pallas_kernels.numerics import EMPTY
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

@@ -14,7 +14,8 @@ from pallas_kernels.log_gate_attention.pallas_tpu.features import Features
 from pallas_kernels.log_gate_attention.pallas_tpu.layout import Blocks, Plan, call
 from pallas_kernels.log_gate_attention.pallas_tpu.matmul import Stack, dot, stack
 from pallas_kernels.log_gate_attention.pallas_tpu.rows import stacked
-from pallas_kernels.log_gate_attention.state import EMPTY, SMALLEST
+from pallas_kernels.log_gate_attention.state import SMALLEST
+from pallas_kernels.numerics import EMPTY
 from pallas_kernels.staggered import staggered
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.log_gate_attention.state import EMPTY
+from pallas_kernels.numerics import EMPTY
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

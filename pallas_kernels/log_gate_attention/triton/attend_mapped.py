@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import target
 from pallas_kernels.log_gate_attention.problem import Act, Problem
-from pallas_kernels.log_gate_attention.state import ABSENT, LinearState
+from pallas_kernels.log_gate_attention.state import LinearState
 from pallas_kernels.log_gate_attention.triton.attend import Operands, backward, forward
 from pallas_kernels.log_gate_attention.triton.plan import Plan, plan, power
+from pallas_kernels.numerics import ABSENT
 from pallas_kernels.triton_launch import launch
 
 if TYPE_CHECKING:

@@ -21,8 +21,10 @@ are split in two):
 import triton
 import triton.language as tl
 
-EMPTY = tl.constexpr(-1e30)
-ABSENT = tl.constexpr(-1e29)
+from pallas_kernels import numerics
+
+EMPTY = tl.constexpr(numerics.EMPTY)
+ABSENT = tl.constexpr(numerics.ABSENT)
 GRAIN = tl.constexpr(128.0)
 LOG2E = tl.constexpr(1.4426950408889634)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_launch, tuned
-from pallas_kernels.sliding_window.problem import ABSENT, Implementation, Problem, differentiable
+from pallas_kernels.limits import TRITON
+from pallas_kernels.numerics import ABSENT
+from pallas_kernels.sliding_window.problem import Implementation, Problem, differentiable
 from pallas_kernels.sliding_window.rope import tables
-from pallas_kernels.target import Target, current, unfit_gpu
+from pallas_kernels.target import Target, current
 
 if TYPE_CHECKING:
     from jax import Array
@@ -181,22 +182,14 @@ def _backward(
         SCALE=scale,
         **constants,
     )
-    here = (n > 0.1 * ABSENT) & (sink > 0.1 * ABSENT)
+    here = (n > ABSENT) & (sink > ABSENT)
     share = jnp.where(here, jnp.exp(jnp.where(here, sink - n, 0.0)), 0.0)
     return dq, dk, dv, jnp.sum(share * dscore, axis=(0, 1))
 
 
 def _cannot_run(problem: Problem, target: Target) -> str | None:
-    if not target.interpret and target.platform != "gpu":
-        return f"triton runs on NVIDIA GPUs; this process has {target.platform}"
-    if (unfit := unfit_gpu(target)) is not None:
-        return f"triton: {unfit}"
-    if missing := [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]:
-        return f"triton needs {' and '.join(missing)}, which this environment lacks"
-    if problem.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"triton computes in bfloat16 or float32, not {problem.dtype}"
-    if problem.H % 16 or problem.H > 256:
-        return f"H is {problem.H}; triton needs multiples of 16, at most 256"
+    if (refusal := TRITON.refusal(target, problem.dtype, H=problem.H)) is not None:
+        return refusal
     if problem.N // problem.K > MOST_GROUPED:
         return f"{problem.N // problem.K} query heads share a key head; triton takes at most {MOST_GROUPED}"
     return None

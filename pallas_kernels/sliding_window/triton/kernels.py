@@ -15,9 +15,12 @@ fp32 operands are multiplied in full fp32. Scores are kept in base 2: ``SCALE = 
 import triton
 import triton.language as tl
 
+from pallas_kernels import numerics
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-ABSENT = tl.constexpr(-1e30)
+EMPTY = tl.constexpr(numerics.EMPTY)
+ABSENT = tl.constexpr(numerics.ABSENT)
 
 
 @triton.jit
@@ -90,9 +93,9 @@ def window_forward(
         q1, q2 = _turn(q1, q2, cos, sin, WINDOW + token, inside, column, real, HALF)
     q_segment = tl.load(q_segments + token, mask=inside, other=0)
 
-    logit = tl.load(sink + q_head, mask=inside, other=ABSENT)
-    sunk = logit > 0.1 * ABSENT
-    top = tl.where(sunk, logit * LOG2E, ABSENT)
+    logit = tl.load(sink + q_head, mask=inside, other=EMPTY)
+    sunk = logit > ABSENT
+    top = tl.where(sunk, logit * LOG2E, EMPTY)
     total = tl.where(sunk, 1.0, 0.0)
     value = tl.zeros((ROWS, WIDTH_TILE), tl.float32)
     # Position 0 is too old for the first token already.
@@ -106,7 +109,7 @@ def window_forward(
         score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
         seen = _visible(token[:, None] + WINDOW, position[None, :], q_segment[:, None], k_segment[None, :], WINDOW)
-        score = tl.where(seen, score * TO_BASE2, ABSENT)
+        score = tl.where(seen, score * TO_BASE2, EMPTY)
         above = tl.maximum(top, tl.max(score, 1))
         # While a row has met nothing, its scores equal its maximum: masked again after the exponential.
         weight = tl.where(seen, tl.exp2(score - above[:, None]), 0.0)
@@ -125,7 +128,7 @@ def window_forward(
     value = tl.where(met[:, None], value / total[:, None], 0.0)
     out = (token[:, None] * N + q_head[:, None]) * WIDTH + wide[None, :]
     tl.store(y + out, value.to(y.dtype.element_ty), mask=inside[:, None] & wide_real[None, :])
-    tl.store(n + token * N + q_head, tl.where(met, (top + tl.log2(total)) * LN2, ABSENT), mask=inside)
+    tl.store(n + token * N + q_head, tl.where(met, (top + tl.log2(total)) * LN2, EMPTY), mask=inside)
 
 
 @triton.jit
@@ -185,7 +188,7 @@ def window_query_gradient(
         score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
         seen = _visible(token[:, None] + WINDOW, position[None, :], q_segment[:, None], k_segment[None, :], WINDOW)
-        share = tl.exp2(tl.where(seen, score * TO_BASE2 - normalizer[:, None], ABSENT))
+        share = tl.exp2(tl.where(seen, score * TO_BASE2 - normalizer[:, None], EMPTY))
         values = tl.load(
             v + (position[:, None] * K + head) * WIDTH + wide[None, :],
             mask=there[:, None] & wide_real[None, :],
@@ -266,7 +269,7 @@ def window_key_gradient(
         score = tl.dot(k1, tl.trans(q1), input_precision="ieee")
         score = tl.dot(k2, tl.trans(q2), score, input_precision="ieee")
         seen = _visible(token[None, :], key[:, None], q_segment[None, :], k_segment[:, None], WINDOW)
-        share = tl.exp2(tl.where(seen, score * TO_BASE2 - normalizer[None, :], ABSENT))
+        share = tl.exp2(tl.where(seen, score * TO_BASE2 - normalizer[None, :], EMPTY))
         d_values = tl.dot(share.to(d_value.dtype), d_value, d_values, input_precision="ieee")
         d_share = tl.dot(values, tl.trans(d_value), input_precision="ieee")
         d_scores = (share * (d_share + gain[None, :])).to(q1.dtype)
