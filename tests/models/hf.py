@@ -27,6 +27,8 @@ def make(kind: str, directory: Path, *, seed: int = 0, **changes: Any) -> transf
     part moves the logits well above the tolerance.
     """
     settings = SIZES | changes
+    if "rope_parameters" in settings and int(transformers.__version__.split(".")[0]) < 5:
+        settings |= _as_before_5(settings)
     config = getattr(transformers, f"{kind}Config")(**settings)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
@@ -36,6 +38,15 @@ def make(kind: str, directory: Path, *, seed: int = 0, **changes: Any) -> transf
             parameter.normal_(1.0 if "norm" in name else 0.0, spread)
     model.save_pretrained(directory)
     return model
+
+
+def _as_before_5(settings: dict[str, Any]) -> dict[str, Any]:
+    """The angles as transformers 4 reads them."""
+    rope = dict(settings.pop("rope_parameters"))
+    old = {"rope_theta": rope.pop("rope_theta", 10000.0), "rope_scaling": rope}
+    if rope["rope_type"] == "longrope":
+        old["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    return {"head_dim": settings["hidden_size"] // settings["num_attention_heads"]} | old
 
 
 def tokens(length: int, *, batch: int = 2, vocab: int = SIZES["vocab_size"], seed: int = 0) -> np.ndarray:

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from lizard_jax.convert.load import load_hf
+from lizard_jax.data.text import load_tokenizer
 from tests.models import hf
 
 LLAMA3 = {
@@ -89,8 +90,10 @@ def test_scaled_rope_written_by_older_transformers_is_read(tmp_path):
     from lizard_jax.convert.files import read_json, write_json
 
     raw = read_json(tmp_path / "config.json")
-    new = raw.pop("rope_parameters")
-    raw["rope_theta"] = new.pop("rope_theta")
+    if "rope_parameters" in raw:
+        raw["rope_scaling"] = raw.pop("rope_parameters")
+        raw["rope_theta"] = raw["rope_scaling"].pop("rope_theta")
+    new = raw["rope_scaling"]
     raw["rope_scaling"] = {"type" if key == "rope_type" else key: value for key, value in new.items()}
     write_json(tmp_path / "config.json", raw)
     ids = hf.tokens(96)
@@ -124,7 +127,7 @@ def test_babyllama(shared_data):
     ours = load_hf(directory)(jnp.asarray(ids))
     chex.assert_trees_all_close(ours, hf.logits(reference, ids), atol=1e-4, rtol=0)
     story = (shared_data / "tinystories.txt").read_text(encoding="utf-8")[:200]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
     ids = np.asarray(tokenizer(story)["input_ids"], np.int32)[None]
     scores = load_hf(directory)(jnp.asarray(ids))[0, :-1]
     picked = jnp.take_along_axis(scores, jnp.asarray(ids[0, 1:, None]), axis=1)[:, 0]
