@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from lizard_jax.errors import UserError
 
@@ -102,19 +102,11 @@ class LizardConfig:
     budgets: tuple[str, ...] = option((), "key heads with a window and kept pairs of their own, as LAYER.HEAD=W+X")
 
     def __post_init__(self) -> None:
-        choices = {
-            "act": ("softmax", "exp"),
-            "feature_start": ("identity", "random", "slow"),
-            "meta": ("none", "sink", "prefix", "learned"),
-            "memory": ("all", "evicted", "none"),
-            "combine": ("sum", "joint"),
-            "gate": ("scalar", "mamba2", "low_rank", "channel", "pooled", "none"),
-            "state_heads": ("kv", "query"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+        for one in dataclasses.fields(self):
+            allowed = get_args(one.type) if get_origin(one.type) is Literal else ()
+            if allowed and getattr(self, one.name) not in allowed:
                 raise UserError(
-                    f"attention {name}={getattr(self, name)!r} is unknown; choose from {', '.join(allowed)}"
+                    f"attention {one.name}={getattr(self, one.name)!r} is unknown; choose from {', '.join(allowed)}"
                 )
         for name in ("window", "chunk", "meta_tokens"):
             if not 1 <= getattr(self, name) <= 2**24:
