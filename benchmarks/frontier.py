@@ -183,26 +183,28 @@ def show(told: argparse.Namespace, rows: dict[str, Any]) -> None:
         lines.append(f"| {name} | {size / 2**20:.2f} | {size / whole:.1%} | " + " | ".join(cells) + " |")
     write_atomic(told.table.with_suffix(".md"), "\n".join(lines) + "\n")
     print("\n".join(lines))
-    sizes = sorted({round(row["bytes"] / 2**20, 1) for row in rows.values() if row["family"] != "teacher"})
-    figure, axes = plt.subplots(2, len(lengths), figsize=(11, 6.5), layout="constrained", squeeze=False)
+    sizes = sorted({round(row["bytes"] / 2**20) for row in rows.values() if row["family"] != "teacher"})
+    figure, axes = plt.subplots(2, len(lengths), figsize=(12, 7), layout="constrained", squeeze=False)
     for column, length in enumerate(lengths):
         for line, part in enumerate(("loss", "needles")):
             axis = axes[line][column]
-            for family in (*SIZES, "trained"):
+            for number, family in enumerate((*SIZES, "trained")):
                 own = [row for row in rows.values() if row["family"] == family and str(length) in row["scores"]]
                 own.sort(key=lambda row: row["bytes"])
-                if not own:
-                    continue
-                style = "*" if family == "trained" else "o-"
+                style = {"linestyle": "", "marker": "*", "markersize": 11} if family == "trained" else {"marker": "o"}
                 axis.plot(
-                    [row["bytes"] / 2**20 for row in own], [row["scores"][str(length)][part] for row in own], style,
-                    label=family,
+                    [row["bytes"] / 2**20 for row in own], [row["scores"][str(length)][part] for row in own],
+                    label=family, color=f"C{number}", **style,
                 )  # fmt: skip
             axis.axhline(rows["teacher"]["scores"][str(length)][part], color="k", linestyle="--", label="teacher")
             axis.set(title=f"{part} at {length:,} tokens", xlabel="MiB a sequence", xscale="log")
+            axis.set_xlim(0.8 * sizes[0], 1.25 * sizes[-1])
             axis.minorticks_off()
             axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
-    axes[0][0].legend(fontsize="small")
+            if part == "needles":
+                axis.set_ylim(-0.05, 1.05)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(told.table.with_suffix(".png"), dpi=110)
     plt.close(figure)
 

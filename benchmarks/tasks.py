@@ -5,8 +5,8 @@
 
 A student is a stage directory, a Flax or an HF directory. HellaSwag is asked as ``local_tasks.py`` says; passkeys of
 five tokens, five in a text, hide in the last document of ``--book`` and are asked for in the tokenizer's chat form, a
-lone one as a sentence to end; recall is of one of four pairs of random tokens. Percent right. What lies in ``--out`` is not
-asked again. Writes ``benchmarks/tasks.json`` and ``.md``, with ``--ask`` some greedy answers too.
+lone one as a sentence to end; recall is of one of four pairs of random tokens. Percent right. What lies in ``--out``
+is not asked again. Writes ``benchmarks/tasks.json`` and ``.md``, with ``--ask`` some greedy answers too.
 """
 
 from __future__ import annotations

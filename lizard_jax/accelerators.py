@@ -5,11 +5,16 @@ test extra installs those plugins on any machine, for the compilers that they ca
 told whose: JAX takes ``gpu`` for every maker's, and fails at the first whose plugin is not installed.
 """
 
+import contextlib
 import importlib.metadata
+import logging
 import os
 import sys
-from collections.abc import MutableMapping
+import traceback
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
+
+from lizard_jax.errors import UserError
 
 DEVICES = ("nvidia*", "dxg", "kfd", "accel*", "vfio", "dri")
 """What the kernel of Linux shows under ``/dev`` for GPUs and TPUs."""
@@ -34,6 +39,37 @@ def _gpu_makers() -> list[str]:
     """JAX's names of the GPUs that it has plugins for here, as ``cuda``."""
     plugins = [entry.name for entry in importlib.metadata.entry_points(group="jax_plugins")]
     return [maker for maker in ("cuda", "rocm") if any(name.startswith(f"xla_{maker}") for name in plugins)]
+
+
+@contextlib.contextmanager
+def startable(environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Inside, what ``JAX_PLATFORMS`` asks for and JAX cannot start is told in one line, without the logs around it.
+
+    Raises:
+        UserError: there is no such platform on this machine, or its plugin fails.
+    """
+    reasons: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.levelno < logging.ERROR or "JAX_PLATFORMS" not in environment:
+            return True
+        reasons.append(str(record.exc_info[1] if record.exc_info else record.getMessage()))
+        return False
+
+    logger = logging.getLogger("jax._src.xla_bridge")
+    logger.addFilter(keep)
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        platforms, frames = environment.get("JAX_PLATFORMS"), traceback.extract_tb(error.__traceback__)
+        if not platforms or not frames[-1].filename.endswith("xla_bridge.py"):
+            raise
+        reason = (reasons or [str(error)])[0].strip().partition("\n")[0]
+        raise UserError(
+            f"JAX_PLATFORMS={platforms}: no such device on this machine ({reason}); without a device, JAX_PLATFORMS=cpu"
+        ) from None
+    finally:
+        logger.removeFilter(keep)
 
 
 def keep_compiled(environment: MutableMapping[str, str] = os.environ, devices: Path = Path("/dev")) -> None:

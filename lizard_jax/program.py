@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from lizard_jax.accelerators import keep_compiled
+from lizard_jax.accelerators import keep_compiled, startable
 from lizard_jax.errors import UserError
 
 
@@ -26,7 +26,8 @@ def ended(work: Callable[[], int], *, interrupted: str) -> int:
     """
     keep_compiled()
     try:
-        code = work()
+        with startable():
+            code = work()
         sys.stdout.flush()
     except UserError as error:
         return _failed(f"error: {' '.join(str(error).split())}", 2)

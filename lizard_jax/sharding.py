@@ -20,6 +20,8 @@ from pallas_kernels.partition import Partition
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
+SILENCE = 30
+"""Seconds after which a process that is not heard of counts as dead, and ends all others."""
 
 # The first row whose pattern is found in the path decides. Kernels are [in, out]; an adapter's low-rank axis is whole.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
@@ -50,6 +52,7 @@ def start_distributed() -> None:
             env["JAX_COORDINATOR_ADDRESS"],
             num_processes=int(env["JAX_NUM_PROCESSES"]),
             process_id=int(env["JAX_PROCESS_ID"]),
+            heartbeat_timeout_seconds=SILENCE,
         )
         return
     tasks = int(env.get("OMPI_COMM_WORLD_SIZE", 1))
@@ -62,7 +65,7 @@ def start_distributed() -> None:
         )  # fmt: skip
     pod = "," in env.get("TPU_WORKER_HOSTNAMES", "")
     if "JAX_COORDINATOR_ADDRESS" in env or tasks > 1 or pod:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=SILENCE)
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """JAX is told of a machine without accelerators, and left alone everywhere else."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,20 @@ def test_the_platform(monkeypatch, tmp_path, nodes, environment, plugins, chosen
         (tmp_path / node).touch()
     accelerators.settle_platform(environment, tmp_path)
     assert environment.get("JAX_PLATFORMS") == chosen
+
+
+def test_a_platform_that_cannot_start_is_one_line(tmp_path):
+    told = {"JAX_PLATFORMS": "nonsense", "PATH": os.environ["PATH"]}
+    line = [sys.executable, "train.py", "--stage=1", "--steps=1", f"--out={tmp_path}"]
+    done = subprocess.run(line, cwd=Path(__file__).parents[1], env=told, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "JAX_PLATFORMS=nonsense: no such device on this machine" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_another_error_than_a_platforms_passes_through():
+    with pytest.raises(AssertionError, match="mine"), accelerators.startable({"JAX_PLATFORMS": "cuda"}):
+        raise AssertionError("mine")
 
 
 @pytest.mark.skipif(any(any(Path("/dev").glob(p)) for p in accelerators.DEVICES), reason="an accelerator is here")

@@ -17,7 +17,7 @@ ALLOWED: dict[str, list[str]] = {
     "atomic": [],
     "checksums": [],
     "program": ["errors", "accelerators"],
-    "accelerators": [],
+    "accelerators": ["errors"],
     "sharding": [*BASE, "pallas_kernels"],
     "nn": NN,
     "models": MODEL,
