@@ -353,6 +353,8 @@ class RunConfig:
     remat: bool = option(True, "stages 0 and 2: recompute each block in the backward pass to save memory")
     validate_every: int = option(0, "steps between validations; 0 makes ten of them")
     save_every: int = option(0, "steps between checkpoints; 0 saves at each validation")
+    profile: int = option(0, "steps to trace for a profiler, from the second on, into the stage's folder")
+    wandb: str = option("", "project of Weights & Biases to log to as well, where wandb is installed")
     seed: int = option(0, "seed of parameter initialisation")
     steps: int = option(0, "stop after this many steps; 0 takes what the token budget gives")
 

@@ -32,13 +32,15 @@ def read_metrics(path: Path, until: int) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Appends one JSON object a step, and one a validation, and mirrors the numbers to TensorBoard.
+    """Appends one JSON object a step, and one a validation, and mirrors the numbers to TensorBoard, and to a page of
+    Weights & Biases where there is one.
 
     On resume the lines after the restored step are dropped, since those steps are run again. Only the process that
     ``writes`` touches files; all keep the history. Writing is synchronous: a full disk raises here, in the loop.
     """
 
-    def __init__(self, stage_dir: Path, start: int, writes: bool) -> None:
+    def __init__(self, stage_dir: Path, start: int, writes: bool, page: Any = None) -> None:
+        self._page = page  # a run of Weights & Biases, or None
         path = stage_dir / "metrics.jsonl"
         self.history = read_metrics(path, start)
         self._file: TextIO | None = None
@@ -58,6 +60,8 @@ class MetricsLog:
             return
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
+        if self._page is not None:
+            self._page.log(dict(_scalars(entry)), step=entry["step"])
         for name, value in _scalars(entry):
             event = Event(wall_time=time.time(), step=entry["step"], summary=scalar(name, value))
             self._events.write_event(event)
@@ -73,6 +77,8 @@ class MetricsLog:
         if self._file is not None and self._events is not None:
             self._file.close()
             self._events.close()
+        if self._page is not None:
+            self._page.finish()
 
 
 def _scalars(entry: dict[str, Any], group: str = "train") -> list[tuple[str, float]]:

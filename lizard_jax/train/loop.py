@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lizard_jax import sharding
-from lizard_jax.config import RunConfig
+from lizard_jax.config import RunConfig, to_dict
 from lizard_jax.errors import UserError, disk_full
 from lizard_jax.models.flops import forward_flops
 from lizard_jax.nn.finite import not_finite
@@ -29,6 +29,7 @@ from lizard_jax.train.checkpoint import Checkpoints, fill, full_disk, kept, name
 from lizard_jax.train.log import MetricsLog, ProgressLine
 from lizard_jax.train.optim import Optimizer
 from lizard_jax.train.step import TrainState, eval_step, place, train_step
+from lizard_jax.train.watch import Profile, wandb_run
 from pallas_kernels import chips
 
 VALIDATIONS = 10
@@ -82,7 +83,9 @@ class Trainer:
         self._peak = _peak(config, model, mesh)
         self._evaluate = eval_step(config, self.state, mesh)
         self._writes = jax.process_index() == 0
-        self.log = MetricsLog(stage_dir, self.start, self._writes)
+        page = wandb_run(config.wandb, stage_dir, to_dict(config)) if self._writes else None
+        self.log = MetricsLog(stage_dir, self.start, self._writes, page)
+        self._profile = Profile(stage_dir, self.start, config.profile if self._writes else 0)
         self._best = self.checkpoints.best_loss()
         self._skipped = 0
 
@@ -108,6 +111,7 @@ class Trainer:
                 raise full_disk(self.stage_dir, self.checkpoints.latest_step()) from None
             raise
         finally:
+            self._profile.close()
             self.log.close()
             self.checkpoints.close()
         return self.state
@@ -129,7 +133,9 @@ class Trainer:
             batch = self._placed(self.batches.batch(index))
             waited = time.monotonic() - asked
             step = step or self._compile(batch)
+            self._profile.begin(index)
             state.trainable, state.optimizer, metrics = step(state.trainable, state.optimizer, state.frozen, batch)
+            self._profile.end(index, metrics)
             if pending is not None:
                 self._record(*pending)
             pending = (done, metrics, waited)

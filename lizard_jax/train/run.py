@@ -38,12 +38,14 @@ from lizard_jax.train.lock import alone
 from lizard_jax.train.loop import Trainer
 from lizard_jax.train.settle import begun, continued, settled, stage_dir
 from lizard_jax.train.teacher import find_teacher, fingerprint, whereabouts
+from lizard_jax.train.watch import check_wandb
 from pallas_kernels import partition
 
 # A resumed run may differ in these: where it lies, on what and in how many parts a step, how often it saves, and paths
 # that fingerprints stand for.
 MAY_CHANGE = (
-    "out", "mesh.", "validate_every", "save_every", "teacher", "data.path", "data.date", "data.accumulate",
+    "out", "mesh.", "validate_every", "save_every", "profile", "wandb", "teacher", "data.path", "data.date",
+    "data.accumulate",
 )  # fmt: skip
 
 LEAST_BEYOND = 0.1
@@ -74,6 +76,7 @@ def check(config: RunConfig) -> None:
         ("LoRA alpha", config.lora.alpha, 0 < config.lora.alpha <= 1e6),
         ("validate-every", config.validate_every, config.validate_every >= 0),
         ("save-every", config.save_every, config.save_every >= 0),
+        ("profile", config.profile, 0 <= config.profile <= 1000),
         ("batch size", data.batch_size, 0 < data.batch_size <= 2**20),
         ("accumulate", data.accumulate, 0 < data.accumulate <= 2**20),
         ("sequence length", data.sequence_length, 0 < data.sequence_length <= 2**24),
@@ -94,6 +97,7 @@ def check(config: RunConfig) -> None:
             f"stage 1 has nothing to train: memory={config.attention.memory} with meta={config.attention.meta} adds no "
             "modules; go on with --stage=2 and the same settings"
         )
+    check_wandb(config.wandb)
     if "://" in config.out:
         raise UserError(
             f"--out {config.out} is no folder; runs are written to a file system: mount the bucket, and name its folder"
