@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from lizard_jax.models.llama import Llama
 
     class TextModel(Llama):
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
         def generate(self, prompt: str | Sequence[str], **options: Any) -> str | list[str]: ...
 
 
-def load(path: str | Path, *, dtype: Any = None, teacher: str | Path | None = None) -> "TextModel":
+def load(
+    path: str | Path, *, dtype: Any = None, teacher: str | Path | None = None, mesh: "Mesh | None" = None
+) -> "TextModel":
     """The model at ``path``, to call, to train and to write text with (``model.generate("Once")``).
 
     Args:
@@ -24,6 +28,8 @@ def load(path: str | Path, *, dtype: Any = None, teacher: str | Path | None = No
             directory (``runs/NAME/stage2``).
         dtype: of the base weights and activations; None keeps what is stored.
         teacher: of a stage directory, where its teacher lies now, if not where it was.
+        mesh: of ``sharding.make_mesh``, to spread the weights over; trace inside
+            ``partition.over(sharding.kernel_partition(mesh))``, so that kernels run on it too.
 
     Raises:
         UserError: there is no model there, or it is damaged or not supported.
@@ -39,14 +45,14 @@ def load(path: str | Path, *, dtype: Any = None, teacher: str | Path | None = No
     if (directory / "run.json").is_file():
         from lizard_jax.train.run import load_run
 
-        model, found = load_run(directory, teacher=teacher)
+        model, found = load_run(directory, teacher=teacher, mesh=mesh)
         source = str(found)
     elif is_flax_dir(directory):
-        model = load_flax(directory)
+        model = load_flax(directory, mesh=mesh)
     else:
         # From here on the place itself: tokenizer and generation config are read beside the weights.
         source = str(locate(path))
-        model, dtype = load_hf(source, dtype=dtype), None
+        model, dtype = load_hf(source, dtype=dtype, mesh=mesh), None
     model = model if dtype is None else cast_base(model, dtype)
     model.__class__ = _with_text(type(model))
     model.source = source  # type: ignore[attr-defined]

@@ -86,14 +86,23 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
     return sizes[0], sizes[1], sizes[2]
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig, *, some: bool = False) -> Mesh:
     """A mesh over all devices of all processes, with ``AxisType.Auto`` axes ``data, fsdp, tensor``.
 
+    Args:
+        some: over the first as many as the axes take, each of which is positive, where there may be more.
+
     Raises:
-        UserError: the axes do not cover the devices.
+        UserError: the axes do not cover the devices, or there are not as many.
     """
-    shape = mesh_shape(config, jax.device_count())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    devices = jax.devices()
+    if some:
+        needed = config.data * config.fsdp * config.tensor
+        if needed > len(devices):
+            raise UserError(f"a mesh of {needed} devices was asked for, and there are {len(devices)} here")
+        devices = devices[:needed]
+    shape = mesh_shape(config, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

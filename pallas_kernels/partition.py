@@ -46,6 +46,12 @@ def over(partition: Partition | None) -> Iterator[None]:
         _current.reset(token)
 
 
+def mesh() -> Mesh | None:
+    """The mesh of ``over``; None without it."""
+    partition = _current.get()
+    return None if partition is None else partition.mesh
+
+
 def row_parts(rows: int) -> int:
     """Over how many parts so many batch rows are split: 1 without ``over``, or where the mesh does not divide them."""
     partition = _current.get()

@@ -19,6 +19,7 @@ ALLOWED: dict[str, list[str]] = {
     "program": ["errors", "accelerators"],
     "accelerators": ["errors"],
     "sharding": [*BASE, "pallas_kernels"],
+    "devices": [*BASE, "sharding", "pallas_kernels"],
     "nn": NN,
     "models": MODEL,
     "lora": MODEL,

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lizard_jax.eval
+from lizard_jax import devices
 from lizard_jax.program import ended, program
 
 
@@ -36,6 +37,7 @@ def arguments(modules: dict[str, Any]) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         module.add_arguments(command)
+        devices.add_arguments(command)
     return parser
 
 
@@ -47,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     modules = evaluations()
     told = arguments(modules).parse_args(argv)
-    modules[told.evaluation].run(told)
+    with devices.over(told):
+        modules[told.evaluation].run(told)
     return 0
 
 

@@ -26,8 +26,9 @@ def load(told: argparse.Namespace) -> Any:
     """
     import lizard_jax
     from lizard_jax.nn.finite import not_finite
+    from pallas_kernels import partition
 
-    model = lizard_jax.load(told.checkpoint, dtype=told.dtype, teacher=told.teacher)
+    model = lizard_jax.load(told.checkpoint, dtype=told.dtype, teacher=told.teacher, mesh=partition.mesh())
     if (path := not_finite(model)) is not None:
         raise UserError(f"{told.checkpoint} is damaged: its parameter {path} holds NaN or infinity")
     return model

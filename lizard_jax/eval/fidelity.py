@@ -77,14 +77,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _student(told: argparse.Namespace) -> Any:
     """The student; a stage whose teacher has moved is read with the one it is compared with."""
     import lizard_jax
+    from pallas_kernels import partition
 
     try:
-        return lizard_jax.load(told.checkpoint, dtype=told.dtype)
+        return lizard_jax.load(told.checkpoint, dtype=told.dtype, mesh=partition.mesh())
     except UserError as error:
         if not (Path(told.checkpoint).expanduser() / "run.json").is_file():
             raise
         try:
-            return lizard_jax.load(told.checkpoint, dtype=told.dtype, teacher=told.teacher)
+            return lizard_jax.load(told.checkpoint, dtype=told.dtype, teacher=told.teacher, mesh=partition.mesh())
         except UserError:
             raise error from None
 
@@ -110,9 +111,10 @@ def run(told: argparse.Namespace) -> None:
 
     import lizard_jax
     from lizard_jax.generate.prompts import end_tokens, text_tokenizer
+    from pallas_kernels import partition
 
     student = _student(told)
-    teacher = lizard_jax.load(told.teacher, dtype=told.dtype)
+    teacher = lizard_jax.load(told.teacher, dtype=told.dtype, mesh=partition.mesh())
     check_pair(student, teacher)
     count = student.config.num_layers
     if chosen and max(chosen) >= count:

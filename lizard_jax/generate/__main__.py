@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
+from lizard_jax import devices
 from lizard_jax.errors import UserError
 from lizard_jax.program import ended, program
 
@@ -57,6 +58,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as stored)"
     )
+    devices.add_arguments(parser)
     return parser
 
 
@@ -67,12 +69,13 @@ class Session:
         import lizard_jax
         from lizard_jax.generate.prompts import end_tokens, text_tokenizer
         from lizard_jax.generate.sampling import Sampling
+        from pallas_kernels import partition
 
         self.told = told
         self.sampling = Sampling(**{field.name: getattr(told, field.name) for field in fields(Sampling)})
         if told.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens is {told.max_new_tokens}, must be at least 1")
-        self.model = lizard_jax.load(told.checkpoint, dtype=told.dtype, teacher=told.teacher)
+        self.model = lizard_jax.load(told.checkpoint, dtype=told.dtype, teacher=told.teacher, mesh=partition.mesh())
         self.tokenizer = text_tokenizer(self.model.source)
         self.eos = end_tokens(self.model.source, self.tokenizer)
         self.earlier: Any = None
@@ -254,8 +257,9 @@ def _main(argv: Sequence[str] | None) -> int:
         raise UserError("nothing to continue; give --prompt TEXT, --prompts FILE or --interactive")
     if told.prompt is not None and not told.prompt and not told.load_state:
         raise UserError("the prompt is empty; give at least one character to go on from")
-    session = Session(told)
-    (many if told.prompts else converse if told.interactive else one)(session)
+    with devices.over(told):
+        session = Session(told)
+        (many if told.prompts else converse if told.interactive else one)(session)
     return 0
 
 

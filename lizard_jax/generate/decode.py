@@ -19,6 +19,7 @@ from lizard_jax.models.llama import Llama
 from lizard_jax.nn.cache import KVCache
 from lizard_jax.nn.finite import not_finite
 from lizard_jax.typing import Array, Bool, Float, Int
+from pallas_kernels import partition
 
 PREFILL = 512
 """Tokens of a prompt read at once."""
@@ -109,7 +110,7 @@ def check_room(model: Llama, rows: int, length: int) -> None:
     """
     stats = jax.devices()[0].memory_stats() or {}
     there = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = rows * model.state_bytes(length)
+    needed = rows * model.state_bytes(length) // partition.row_parts(rows)
     if needed > there:
         raise UserError(
             f"the state of {rows:,} rows of {length:,} tokens takes {needed / 1e9:,.1f} GB, and there are "

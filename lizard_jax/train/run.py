@@ -133,11 +133,14 @@ def widened(model: Llama, config: RunConfig) -> Llama:
     return model
 
 
-def load_run(directory: str | Path, which: str = "best", *, teacher: str | Path | None = None) -> tuple[Llama, Path]:
+def load_run(
+    directory: str | Path, which: str = "best", *, teacher: str | Path | None = None, mesh: Mesh | None = None
+) -> tuple[Llama, Path]:
     """The model of a stage directory's ``best`` or ``latest`` checkpoint, and the teacher's directory.
 
     Args:
         teacher: where the teacher lies now, if not where it was.
+        mesh: spreads every parameter over these devices.
 
     Raises:
         UserError: not a stage directory, no such checkpoint, or the teacher it belongs to is gone or has changed.
@@ -152,13 +155,16 @@ def load_run(directory: str | Path, which: str = "best", *, teacher: str | Path 
         shape = from_dict(ModelConfig, record["model"])
         model = build_model(shape, dtype=config.dtype, rngs=nnx.Rngs(config.seed))
     else:
-        model = load_hf(source, attention=config.attention, dtype=config.dtype, seed=config.seed)
+        model = load_hf(source, attention=config.attention, dtype=config.dtype, seed=config.seed, mesh=mesh)
         if config.stage == 2 and not config.full:
             add_lora(model, config.lora, nnx.Rngs(config.seed))
     widened(model, config)
     held = nnx.state(model, checkpoint.kept(stages.trainable(config)))
     params, _ = checkpoint.restore_params(place, held, which)
     nnx.update(model, jax.tree.map(jnp.asarray, params))
+    if mesh is not None:
+        state = nnx.state(model)
+        nnx.update(model, sharding.put(state, sharding.state_shardings(state, mesh)))
     return model, source
 
 
