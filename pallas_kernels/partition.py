@@ -55,8 +55,18 @@ def mesh() -> Mesh | None:
 def row_parts(rows: int) -> int:
     """Over how many parts so many batch rows are split: 1 without ``over``, or where the mesh does not divide them."""
     partition = _current.get()
-    parts = 1 if partition is None else math.prod(partition.mesh.shape[name] for name in partition.batch)
-    return 1 if rows % parts else parts
+    return 1 if partition is None else _parts(partition.mesh, partition.batch, rows)
+
+
+def head_parts(heads: int) -> int:
+    """The same of so many key heads."""
+    partition = _current.get()
+    return 1 if partition is None else _parts(partition.mesh, partition.heads, heads)
+
+
+def _parts(mesh: Mesh, names: tuple[str, ...], count: int) -> int:
+    parts = math.prod(mesh.shape[name] for name in names)
+    return 1 if count % parts else parts
 
 
 def by_rows(x: jax.Array) -> jax.Array:

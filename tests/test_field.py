@@ -73,7 +73,9 @@ def test_nothing_to_go_on_from_is_one_line(model):
 
 
 def test_a_cache_beyond_the_memory_is_refused_before_it_is_made(model):
-    with pytest.raises(UserError, match=r"the state of 1 rows of 2,147,483,648 tokens takes [\d,.]+ GB, and there are"):
+    with pytest.raises(
+        UserError, match=r"the state of 1 rows of 2,147,483,648 tokens takes [\d,.]+ GB of a device, and there are"
+    ):
         model.generate("a", max_new_tokens=2**31 - 100)
 
 

@@ -110,10 +110,11 @@ def check_room(model: Llama, rows: int, length: int) -> None:
     """
     stats = jax.devices()[0].memory_stats() or {}
     there = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = rows * model.state_bytes(length) // partition.row_parts(rows)
+    parts = partition.row_parts(rows) * partition.head_parts(model.config.kv_heads)
+    needed = rows * model.state_bytes(length) // parts
     if needed > there:
         raise UserError(
-            f"the state of {rows:,} rows of {length:,} tokens takes {needed / 1e9:,.1f} GB, and there are "
+            f"the state of {rows:,} rows of {length:,} tokens takes {needed / 1e9:,.1f} GB of a device, and there are "
             f"{there / 1e9:,.1f} GB; give fewer prompts at once, or a smaller --max-new-tokens"
         )
 
