@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import lizard_jax
 from benchmarks.recovery_tasks import done, tasks
 from lizard_jax.atomic import write_atomic
@@ -60,6 +62,7 @@ def run(told: argparse.Namespace) -> int:
         ready: functools.partial[Llama] | Any = functools.cache(load)
         rows[name] = done(told, ready, told.out / name)
         print(name, json.dumps({task: found for task, found in rows[name].items() if task != "answers"}), flush=True)
+        jax.clear_caches()  # a model's programs take gigabytes, and the next has its own
     settings = {name: getattr(told, name) for name in ("questions", "lengths", "samples")}
     write_atomic(told.table.with_suffix(".json"), json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     write_atomic(told.table.with_suffix(".md"), table(rows))
