@@ -167,13 +167,13 @@ def narrow_features(plan: Plan, x: Float[Array, "B S F *rest"]) -> Float[Array, 
     return x.reshape(*x.shape[:2], plan.features, *x.shape[4:])
 
 
-def turned(plan: Plan, weights: Float[Array, "heads X E"]) -> Float[Array, "heads half X"]:
+def turned(plan: Plan, weights: Float[Array, "heads X E"]) -> Float[Array, "heads half wide"]:
     """Feature maps with features as rows, filled with zeros to ``[heads, F/2, X]``."""
     _, X, E = weights.shape
     return jnp.pad(jnp.moveaxis(weights, 1, 2), ((0, 0), (0, plan.F // 2 - E), (0, plan.X - X)))
 
 
-def turned_back(weights: Float[Array, "heads half X"], X: int, E: int) -> Float[Array, "heads X E"]:
+def turned_back(weights: Float[Array, "heads half wide"], X: int, E: int) -> Float[Array, "heads X E"]:
     """What ``turned`` was given."""
     return jnp.moveaxis(weights, 1, 2)[:, :X, :E]
 
