@@ -50,6 +50,7 @@ from tqdm import tqdm
 from benchmarks.chips import cost
 from benchmarks.timing import FEWEST_SECONDS, PASSES, Call, inputs, jax_passes, mapped_inputs, say, seconds_of
 from lizard_jax.atomic import write_atomic
+from pallas_kernels import chips
 from pallas_kernels.log_gate_attention import log_gate_attention, mapped_log_gate_attention
 from pallas_kernels.log_gate_attention.problem import Problem
 
@@ -270,14 +271,9 @@ def sizes(a: argparse.Namespace, dtype: jnp.dtype) -> list[Problem]:
     ]  # fmt: skip
 
 
-def chip_here() -> cost.Chip | None:
-    kind = jax.devices()[0].device_kind
-    return next((chip for name, chip in cost.CHIPS.items() if name in kind), None)
-
-
 def measure(a: argparse.Namespace, dtype: jnp.dtype, implementations: list[str]) -> Iterator[list[dict]]:
     """After every size all rows so far, one a contestant and pass; ratios are of times taken in turns, at one size."""
-    rows, chip = [], chip_here()
+    rows, chip = [], chips.here(jax.devices()[0])
     problems = sizes(a, dtype)
     with tqdm(total=0, disable=None, unit=" timings") as bar:
         for problem in problems:

@@ -197,7 +197,7 @@ def run(told: argparse.Namespace) -> int:
     text = f"{title}\n\n{table(rows)}\n"
     write_atomic(told.table.with_suffix(".md"), text)
     print(text)
-    return 0
+    return int(len(rows) < len(wanted))
 
 
 def main() -> int:
