@@ -132,17 +132,20 @@ def flags(attention: LizardConfig) -> list[str]:
     return out
 
 
-def train(told: argparse.Namespace, attention: LizardConfig, stage: int, where: Path, text: Path) -> None:
-    """Run one stage unless its result is there."""
+def train(
+    told: argparse.Namespace, attention: LizardConfig, stage: int, where: Path, text: Path,
+    program: list[str] | None = None,
+) -> None:  # fmt: skip
+    """Run one stage, by train.py or another Python program, unless its result is there."""
     if (where / f"stage{stage}" / "result.json").is_file():
         return
     length = told.length if stage == 1 else told.length2
     tokens, rate = (told.tokens, told.learning_rate) if stage == 1 else (told.tokens2, told.learning_rate2)
     command = [
-        sys.executable, str(ROOT / "train.py"), f"--stage={stage}", f"--out={where}", f"--teacher={told.teacher}",
-        f"--data={text}", f"--sequence-length={length}", f"--batch-size={told.batch}", f"--tokens={tokens}",
-        f"--learning-rate={rate}", "--no-segment-mask", f"--held-out-tokens={2 * length}", "--no-remat",
-        "--state-bytes=", f"--validate-every={max(1, tokens // (told.batch * length) // 4)}",
+        sys.executable, *(program or [str(ROOT / "train.py")]), f"--stage={stage}", f"--out={where}",
+        f"--teacher={told.teacher}", f"--data={text}", f"--sequence-length={length}", f"--batch-size={told.batch}",
+        f"--tokens={tokens}", f"--learning-rate={rate}", "--no-segment-mask", f"--held-out-tokens={2 * length}",
+        "--no-remat", "--state-bytes=", f"--validate-every={max(1, tokens // (told.batch * length) // 4)}",
         *(flags(attention) if stage == 1 or not attention.adds_modules else []),
         *([f"--kl={told.kl}"] if stage == 2 else []),
     ]  # fmt: skip
@@ -297,9 +300,8 @@ def write(told: argparse.Namespace, settings: dict[str, Any], rows: dict[str, An
     figure.savefig(stem.with_suffix(".png"), dpi=110)
 
 
-def main() -> int:
-    """Train what is missing, score it, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    """The flags of texts and budgets."""
     parser.add_argument("--teacher", type=Path, required=True, metavar="DIR", help="HF directory of the teacher")
     parser.add_argument("--train", type=Path, nargs="+", required=True, metavar="PATH", help="texts and Alpaca JSON")
     parser.add_argument("--score", type=Path, nargs="+", required=True, metavar="PATH", help="texts that are scored")
@@ -308,7 +310,6 @@ def main() -> int:
     parser.add_argument("--tokens2", type=int, default=100_000, help="of stage 2 (default %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-2, help="of stage 1 (default %(default)s)")
     parser.add_argument("--learning-rate2", type=float, default=1e-3, help="of stage 2 (default %(default)s)")
-    parser.add_argument("--kl", type=float, default=0.9, help="the KL's share in stage 2 (default %(default)s)")
     parser.add_argument(
         "--length", type=int, default=2048, help="tokens of a sequence in stage 1 (default %(default)s)"
     )
@@ -316,6 +317,13 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1, help="sequences of a step (default %(default)s)")
     parser.add_argument("--extents", type=int, nargs="+", default=[2048], help="tokens of a text that are scored")
     parser.add_argument("--texts", type=int, default=8, help="most texts of each extent (default %(default)s)")
+
+
+def main() -> int:
+    """Train what is missing, score it, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_budget(parser)
+    parser.add_argument("--kl", type=float, default=0.9, help="the KL's share in stage 2 (default %(default)s)")
     parser.add_argument("--hellaswag", type=Path, metavar="FILE", help="questions, six lines each (see local_tasks.py)")
     parser.add_argument("--questions", type=int, default=400, help="most of them (default %(default)s)")
     parser.add_argument("--book", type=Path, metavar="PATH", help="hide passkeys in the last document of this text")

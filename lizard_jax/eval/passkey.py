@@ -6,7 +6,7 @@ python -m lizard_jax.eval passkey CKPT --lengths 1024 --write passkeys.jsonl
 An example has exactly the given number of tokens, with what the tokenizer puts in front, answer and EOS included, and
 depends on the seed and its number alone. The passkey that is asked for lies in one part of the text after the other,
 so that each cell of length and depth is asked for equally often. An answer counts if the first word of the greedy
-continuation is the passkey and nothing but it.
+continuation is the passkey and nothing but it; with --teacher-forced, if each of its tokens is the likeliest.
 
 --write makes records to train stage 2 on instead (``train.py --stage=2 --data=FILE --answer-only``), which have nothing
 in common with those of the evaluation. Set --sequence-length to --lengths, and each record fills a sequence.
@@ -87,8 +87,9 @@ def run(told: argparse.Namespace) -> None:
 
     model = _checkpoint.load(told)
     result = measure(
-        model, sets, samples=told.samples or SAMPLES, batch=told.batch, eos=end_tokens(model.source, tokenizer)
-    )
+        model, sets, samples=told.samples or SAMPLES, batch=told.batch, eos=end_tokens(model.source, tokenizer),
+        teacher_forced=told.teacher_forced,
+    )  # fmt: skip
     show(result)
     if place is not None:
         results.write(place, told, result, {"passkey.png": picture(result)})
@@ -127,14 +128,23 @@ def correct(continuation: str, answer: str) -> bool:
 
 
 def measure(
-    model: "Llama", sets: "list[PasskeySet]", *, samples: int, batch: int = 8, eos: tuple[int, ...] = ()
+    model: "Llama",
+    sets: "list[PasskeySet]",
+    *,
+    samples: int,
+    batch: int = 8,
+    eos: tuple[int, ...] = (),
+    teacher_forced: bool = False,
 ) -> dict[str, Any]:
     """Exact match of every length and depth.
+
+    Args:
+        teacher_forced: judge by the likeliest tokens behind the true ones, and write nothing.
 
     Returns:
         ``accuracy``, ``examples`` (how many), ``cells`` (a list of ``length``, ``depth`` (from, to), ``accuracy``,
         ``samples``, ``mean_depth`` (where in the prompt the passkeys stood)), and ``shown`` (some examples: ``length``,
-        ``depth``, ``keys``, ``answer``, ``continuation``).
+        ``depth``, ``keys``, ``answer``, ``right``, and ``continuation`` where one was written).
     """
     from tqdm import tqdm
 
@@ -147,10 +157,19 @@ def measure(
             made = [examples[index] for index in range(examples.depths * samples)]
             prompts = [ruler.prompt(example.prompt) for example in made]
             retrieval.fits(model.config.vocab_size, prompts)
-            # Two more than the answer takes, so that one which goes on is seen to.
-            new = [ruler.length(example.document) - len(ids) + 2 for example, ids in zip(made, prompts, strict=True)]
-            told = retrieval.continuations(model, ruler.tokenizer, prompts, new, eos=eos, batch=batch, tick=bar.update)
-            right = [correct(text, example.answer) for text, example in zip(told, made, strict=True)]
+            told: list[dict[str, str]] = [{}] * len(made)
+            if teacher_forced:
+                documents, answers = [one.document for one in made], [[one.answer] for one in made]
+                shares = retrieval.likeliest(model, ruler, documents, answers, batch=batch, tick=bar.update)
+                right = [share == 1.0 for share in shares]
+            else:
+                # Two more than the answer takes, so that one which goes on is seen to.
+                new = [ruler.length(one.document) - len(ids) + 2 for one, ids in zip(made, prompts, strict=True)]
+                texts = retrieval.continuations(
+                    model, ruler.tokenizer, prompts, new, eos=eos, batch=batch, tick=bar.update
+                )
+                right = [correct(text, example.answer) for text, example in zip(texts, made, strict=True)]
+                told = [{"continuation": text} for text in texts]
             for part in range(examples.depths):
                 own = slice(part, None, examples.depths)
                 cells.append(
@@ -165,9 +184,9 @@ def measure(
             shown += [
                 {
                     "length": examples.length, "depth": example.depth, "keys": list(example.keys),
-                    "answer": example.answer, "continuation": text,
+                    "answer": example.answer, "right": bool(good), **more,
                 }
-                for example, text in zip(made[: -(-SHOWN // len(sets))], told, strict=False)
+                for example, good, more in zip(made[: -(-SHOWN // len(sets))], right, told, strict=False)
             ]  # fmt: skip
     accuracy = sum(cell["accuracy"] for cell in cells) / len(cells)
     return {"accuracy": accuracy, "examples": total, "cells": cells, "shown": shown}

@@ -14,6 +14,8 @@ from lizard_jax.eval import _checkpoint
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from lizard_jax.data.haystack import Measure
+    from lizard_jax.data.text import Document
     from lizard_jax.models.llama import Llama
 
 
@@ -37,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, lengths: Sequence[int], sa
         parser.add_argument(
             "--filler", metavar="FILE", help="a text whose sentences hide the facts (default: prose of our own)"
         )
+        parser.add_argument(
+            "--teacher-forced", action="store_true",
+            help="an answer counts where each of its tokens is the likeliest behind those before it: one pass over "
+            "text and answer, and nothing is written (default: the greedy continuation counts)",
+        )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the examples (default %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="examples read side by side (default %(default)s)")
     parser.add_argument("--out", metavar="DIR", help="also write result.json and the picture there")
@@ -114,6 +121,53 @@ def continuations(
             told.append(tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         tick(len(group))
     return told
+
+
+def likeliest(
+    model: "Llama",
+    measure: "Measure",
+    documents: "Sequence[Document]",
+    expected: Sequence[Sequence[str]],
+    *,
+    batch: int = 8,
+    tick: Callable[[int], Any] = lambda count: None,
+) -> list[float]:
+    """Teacher-forced: of each document, the share of the expected strings of its answer of which every token is the
+    likeliest behind the tokens before it.
+
+    Args:
+        tick: told how many documents are done after each batch.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def best(model: "Llama", tokens: Any, rows: Any) -> Any:
+        return model.logits(jnp.take_along_axis(model.hidden(tokens), rows[..., None], axis=1)).argmax(-1)
+
+    size = min(batch, len(documents))
+    texts, places = [], []
+    for document, strings in zip(documents, expected, strict=True):
+        assert document.answers is not None
+        texts.append(measure.prompt(document.text))
+        starts = [document.text.index(string, document.answers[0][0]) for string in strings]
+        spans = zip(starts, strings, strict=True)
+        places.append([measure.covering(document.text, start, start + len(string)) for start, string in spans])
+    length, most = max(map(len, texts)), max(sum(map(len, spans)) for spans in places)
+    found = []
+    for group in batched(zip(texts, places, strict=True), size):
+        tokens, rows = np.zeros((size, length), np.int32), np.zeros((size, most), np.int32)
+        for at, (text, spans) in enumerate(group):
+            tokens[at, : len(text)] = text
+            flat = [place - 1 for span in spans for place in span]
+            rows[at, : len(flat)] = flat
+        told = np.asarray(best(model, jnp.asarray(tokens), jnp.asarray(rows)))
+        for at, (text, spans) in enumerate(group):
+            ours = iter(told[at])
+            right = [[int(next(ours)) == text[place] for place in span] for span in spans]
+            found.append(sum(map(all, right)) / len(right))
+        tick(len(group))
+    return found
 
 
 def show(title: str, rows: Sequence[tuple[str, Sequence[float | None]]], columns: Sequence[str], corner: str) -> None:

@@ -10,7 +10,8 @@ python -m lizard_jax.eval ruler CKPT --lengths 1024 4096 16384 32768 --out resul
   all names with the value.
 
 An example has exactly the given number of tokens, answer and EOS included, and depends on task, seed and number alone.
-Its score is the share of the expected strings that stand in the greedy continuation as words of their own.
+Its score is the share of the expected strings that stand in the greedy continuation as words of their own; with
+--teacher-forced, of those whose tokens are all the likeliest in the true answer.
 
 The last line of the output is ``score=… examples=…``.
 """
@@ -222,6 +223,7 @@ def run(told: argparse.Namespace) -> None:
     result = measure(
         model, ruler, tasks=told.tasks, lengths=told.lengths, samples=told.samples or SAMPLES, seed=told.seed,
         needles=told.needles, form=told.form, batch=told.batch, eos=end_tokens(model.source, tokenizer),
+        teacher_forced=told.teacher_forced,
     )  # fmt: skip
     show(result)
     if place is not None:
@@ -241,12 +243,17 @@ def measure(
     form: str = "alpaca",
     batch: int = 8,
     eos: Sequence[int] = (),
+    teacher_forced: bool = False,
 ) -> dict[str, Any]:
     """The score of every task and length.
 
+    Args:
+        teacher_forced: judge by the likeliest tokens behind the true ones, and write nothing.
+
     Returns:
         ``score`` (mean of all cells), ``examples`` (how many), ``cells`` (a list of ``task``, ``length``, ``score``,
-        ``samples``) and ``shown`` (some examples: ``task``, ``length``, ``expected``, ``continuation``).
+        ``samples``) and ``shown`` (some examples: ``task``, ``length``, ``expected``, ``score``, and
+        ``continuation`` where one was written).
     """
     from tqdm import tqdm
 
@@ -262,17 +269,26 @@ def measure(
                 ]
                 prompts = [ruler.prompt(one.prompt) for one in made]
                 retrieval.fits(model.config.vocab_size, prompts)
-                # Room for half as much again as the answer takes, for a model that words it otherwise.
-                answers = [ruler.length(one.document) - len(ids) for one, ids in zip(made, prompts, strict=True)]
-                told = retrieval.continuations(
-                    model, ruler.tokenizer, prompts, [count + count // 2 + 8 for count in answers], eos=eos,
-                    batch=batch, tick=bar.update,
-                )  # fmt: skip
-                scores = [score(text, one.expected) for text, one in zip(told, made, strict=True)]
+                told: list[dict[str, str]] = [{}] * samples
+                if teacher_forced:
+                    scores = retrieval.likeliest(
+                        model, ruler, [one.document for one in made], [one.expected for one in made], batch=batch,
+                        tick=bar.update,
+                    )  # fmt: skip
+                else:
+                    # Room for half as much again as the answer takes, for a model that words it otherwise.
+                    answers = [ruler.length(one.document) - len(ids) for one, ids in zip(made, prompts, strict=True)]
+                    texts = retrieval.continuations(
+                        model, ruler.tokenizer, prompts, [count + count // 2 + 8 for count in answers], eos=eos,
+                        batch=batch, tick=bar.update,
+                    )  # fmt: skip
+                    scores = [score(text, one.expected) for text, one in zip(texts, made, strict=True)]
+                    told = [{"continuation": text} for text in texts]
                 cells.append({"task": task, "length": length, "score": sum(scores) / samples, "samples": samples})
+                few = max(1, SHOWN // (len(tasks) * len(lengths)))
                 shown += [
-                    {"task": task, "length": length, "expected": list(one.expected), "continuation": text}
-                    for text, one in zip(told[: max(1, SHOWN // (len(tasks) * len(lengths)))], made, strict=False)
+                    {"task": task, "length": length, "expected": list(one.expected), "score": share, **more}
+                    for one, share, more in zip(made[:few], scores, told, strict=False)
                 ]
     return {
         "score": sum(cell["score"] for cell in cells) / len(cells), "examples": total, "cells": cells, "shown": shown,

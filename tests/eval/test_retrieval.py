@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import re
 from types import SimpleNamespace
 
 import jax
@@ -15,7 +16,7 @@ from lizard_jax.convert.load import load_hf
 from lizard_jax.data.haystack import FORMS, Measure, filler
 from lizard_jax.data.passkey import PasskeySet, training_lines
 from lizard_jax.data.records import documents
-from lizard_jax.data.text import load_tokenizer, tokenize
+from lizard_jax.data.text import Document, load_tokenizer, tokenize
 from lizard_jax.embedded import teacher_path
 from lizard_jax.errors import UserError
 from lizard_jax.eval import __main__ as command
@@ -246,6 +247,59 @@ def test_tasks_from_an_oracle_and_from_a_constant(embedded):
         assert [cell["score"] for cell in told["cells"]] == [score] * 5
 
 
+class Forced:
+    """A model that foresees every token of the text it is given, but those at ``wrong``."""
+
+    def __init__(self, wrong=(), vocab_size=1024):
+        self.wrong = wrong
+        self.config = SimpleNamespace(vocab_size=vocab_size)
+
+    def hidden(self, tokens):
+        following = jnp.roll(tokens, -1, axis=1)
+        for at in self.wrong:
+            following = following.at[:, at - 1].add(1)
+        return following[..., None].astype(jnp.float32)
+
+    def logits(self, hidden):
+        return -jnp.square(hidden - jnp.arange(self.config.vocab_size, dtype=jnp.float32))
+
+
+jax.tree_util.register_pytree_node(Forced, lambda model: ((), model), lambda model, _: model)
+
+
+def test_teacher_forced_a_string_counts_with_every_token(embedded):
+    made = ruler.example("multiquery", embedded, length=640, seed=0, index=0, needles=2)
+    ((start, _),) = made.document.answers
+    documents, expected = [made.document] * 3, [made.expected] * 3
+    assert retrieval.likeliest(Forced(), embedded, documents, expected, batch=2) == [1.0] * 3
+    text = made.document.text
+    first = text.index(made.expected[0], start)
+    span = embedded.covering(text, first, first + 7)
+    for place, share in ((span[0], 0.5), (span[-1], 0.5), (span[0] - 100, 1.0)):
+        assert retrieval.likeliest(Forced([place]), embedded, documents[:1], expected[:1]) == [share]
+
+
+def test_teacher_forced_agrees_with_what_the_model_writes(embedded):
+    """A text ended with the model's own greedy continuation is foreseen, with any other word it is not."""
+    model = load_hf(teacher_path())
+    prompt = "def main(argv):\n    parser = argparse."
+    (written,) = retrieval.continuations(model, embedded.tokenizer, [embedded.prompt(prompt)], [12])
+    word = re.match(r"\w+", written)[0]
+    assert embedded.prompt(prompt + word) == [*embedded.prompt(prompt), *embedded.ids(word)]
+    for answer, share in ((word, 1.0), ("Xylophone", 0.0)):
+        document = Document(prompt + answer, answers=((len(prompt), len(prompt) + len(answer)),))
+        assert retrieval.likeliest(model, embedded, [document], [[answer]]) == [share]
+
+
+def test_teacher_forced_sets_score_like_written_ones(embedded):
+    sets = [PasskeySet(embedded, 300, depths=3)]
+    told = passkey.measure(Forced(), sets, samples=2, batch=4, teacher_forced=True)
+    assert told["accuracy"] == 1.0
+    assert all(one["right"] and "continuation" not in one for one in told["shown"])
+    found = ruler.measure(Forced(), embedded, tasks=["tracking"], lengths=[560], samples=2, teacher_forced=True)
+    assert found["score"] == 1.0
+
+
 def test_recall_from_an_oracle_and_from_a_constant():
     tokens = np.arange(3, 105)
     rows = [
@@ -285,6 +339,7 @@ def test_recall_reads_what_the_forward_reads(embedded):
         (["passkey", "--lengths", "300", "--depths", "2", "--samples", "1"], "passkey.png"),
         (["recall", "--lengths", "64", "--pairs", "2", "--samples", "2"], "recall.png"),
         (["ruler", "--lengths", "300", "--tasks", "single", "--samples", "2"], "ruler.png"),
+        (["passkey", "--lengths", "300", "--depths", "2", "--samples", "1", "--teacher-forced"], "passkey.png"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
