@@ -56,9 +56,9 @@ sys.exit(command.main())
 """Stage 1 with the mean squared error of every layer as it is, which no flag of train.py asks for."""
 
 
-def place(told: argparse.Namespace, name: str) -> Path:
+def place(args: argparse.Namespace, name: str) -> Path:
     """Where a row's runs go."""
-    return told.out / "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in name)
+    return args.out / "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in name)
 
 
 def held_out(where: Path) -> float:
@@ -66,10 +66,10 @@ def held_out(where: Path) -> float:
     return json.loads((where / "result.json").read_text())["after"]["loss"]
 
 
-def write(told: argparse.Namespace, settings: dict[str, Any], rows: dict[str, Any]) -> None:
+def write(args: argparse.Namespace, settings: dict[str, Any], rows: dict[str, Any]) -> None:
     """The table as JSON and Markdown."""
-    write_atomic(told.table.with_suffix(".json"), json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
-    extent = str(told.extents[0])
+    write_atomic(args.table.with_suffix(".json"), json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    extent = str(args.extents[0])
     names = [f"{a}–{b - 1}" for a, b in recovery.buckets(int(extent))]
     lines = [f"| | MiB of state | {' | '.join(names)} | held-out |", "|---|---:|" + "---:|" * (len(names) + 1)]
     for name, row in rows.items():
@@ -77,55 +77,55 @@ def write(told: argparse.Namespace, settings: dict[str, Any], rows: dict[str, An
         cells[-1] += f" ± {row['scores'][extent]['error']:.3f}" if name != "teacher" else ""
         cells.append(f"{row['held_out']:.3f}" if "held_out" in row else "")
         lines.append(f"| {name} | {row['bytes'][extent] / 2**20:.2f} | " + " | ".join(cells) + " |")
-    write_atomic(told.table.with_suffix(".md"), "\n".join(lines) + "\n")
+    write_atomic(args.table.with_suffix(".md"), "\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
 
 
-def run(told: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """The work of ``main``."""
-    for source in (*told.train, *told.score):
+    for source in (*args.train, *args.score):
         if not source.is_file():
             raise UserError(f"no text at {source}")
-    if unknown := set(told.rows or ()) - set(CHANGES):
+    if unknown := set(args.rows or ()) - set(CHANGES):
         raise UserError(f"no row {', '.join(sorted(unknown))}; choose from {', '.join(CHANGES)}")
-    told.out.mkdir(parents=True, exist_ok=True)
-    text = recovery.training_text(told.train, load_tokenizer(told.teacher), told.out)
-    base = students(told.window, told.teacher, curves=recovery.needs(told, text))[BASE]
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = recovery.training_text(args.train, load_tokenizer(args.teacher), args.out)
+    base = students(args.window, args.teacher, curves=recovery.needs(args, text))[BASE]
     keep = ("window", "tokens", "tokens2", "learning_rate", "learning_rate2", "length", "length2", "batch", "texts")
-    settings = {name: getattr(told, name) for name in keep} | {
-        "train": [path.name for path in told.train], "score": [path.name for path in told.score],
+    settings = {name: getattr(args, name) for name in keep} | {
+        "train": [path.name for path in args.train], "score": [path.name for path in args.score],
     }  # fmt: skip
-    file = told.table.with_suffix(".json")
+    file = args.table.with_suffix(".json")
     old = json.loads(file.read_text()) if file.is_file() else {}
     rows: dict[str, Any] = old["rows"] if old.get("settings") == settings else {}
-    original = once(lambda: load_hf(told.teacher, dtype="float32"))
-    teacher = recovery.scored(told, original, told.out / "teacher")
+    original = once(lambda: load_hf(args.teacher, dtype="float32"))
+    teacher = recovery.scored(args, original, args.out / "teacher")
     original.cache_clear()
-    rows["teacher"] = {"bytes": recovery.sizes(told, None), "scores": recovery.summary(teacher, teacher)}
+    rows["teacher"] = {"bytes": recovery.sizes(args, None), "scores": recovery.summary(teacher, teacher)}
 
     def add(name: str, attention: LizardConfig, when: str, where: Path) -> None:
-        ready: Callable[[], Any] = once(lambda: recovery.student(told, attention, when, where, text))
-        scores = recovery.scored(told, ready, where / "scores" / when.replace(" ", "_"))
-        rows[name] = {"bytes": recovery.sizes(told, attention), "scores": recovery.summary(scores, teacher)}
+        ready: Callable[[], Any] = once(lambda: recovery.student(args, attention, when, where, text))
+        scores = recovery.scored(args, ready, where / "scores" / when.replace(" ", "_"))
+        rows[name] = {"bytes": recovery.sizes(args, attention), "scores": recovery.summary(scores, teacher)}
         if when != recovery.WHENS[0]:
             rows[name]["held_out"] = held_out(where / when.replace(" ", ""))
-        write(told, settings, rows)
+        write(args, settings, rows)
 
-    for name in told.rows or CHANGES:
-        attention, where = dataclasses.replace(base, **CHANGES[name]), place(told, name)
+    for name in args.rows or CHANGES:
+        attention, where = dataclasses.replace(base, **CHANGES[name]), place(args, name)
         if name != ABSOLUTE:
             add(f"{name}, no training", attention, "no training", where)
         command = ["-c", PLAIN_ERROR] if name == ABSOLUTE else None
-        recovery.train(told, attention, 1, where, text, command)
+        recovery.train(args, attention, 1, where, text, command)
         add(f"{name}, stage 1", attention, "stage 1", where)
-    for share in told.shares:
-        first, where = place(told, "the recipe"), place(told, f"stage 2 {share:g}")
+    for share in args.shares:
+        first, where = place(args, "the recipe"), place(args, f"stage 2 {share:g}")
         if not (first / "stage1" / "result.json").is_file():
             raise UserError("stage 2 goes on from the recipe's stage 1; let --rows have it")
         if not (where / "stage1").is_dir():
             shutil.copytree(first / "stage1", where / "stage1")
-        told.kl = share
-        recovery.train(told, base, 2, where, text)
+        args.kl = share
+        recovery.train(args, base, 2, where, text)
         add(f"the recipe, stage 2, {share:.0%} KL", base, "stage 2", where)
     return 0
 
@@ -140,8 +140,8 @@ def main() -> int:
     parser.add_argument(
         "--table", type=Path, default=recovery.ROOT / "benchmarks" / "changes", help="the table, less suffix"
     )
-    told = parser.parse_args()
-    return ended(lambda: run(told), interrupted="interrupted; what is trained and scored so far is kept")
+    args = parser.parse_args()
+    return ended(lambda: run(args), interrupted="interrupted; what is trained and scored so far is kept")
 
 
 if __name__ == "__main__":

@@ -73,13 +73,13 @@ def table(rows: list[dict]) -> str:
     lines = [heads]
     for row in rows:
         memory = row.get("vmem", row.get("shared"))
-        told = [row["kernel"], row["pass"], row["F"], row["B"], row["target"]]
+        cells = [row["kernel"], row["pass"], row["F"], row["B"], row["target"]]
         if "error" in row:
-            told.append(row["error"])
+            cells.append(row["error"])
         else:
-            told += [row["name"], memory, row["registers"], row["spills"]]
-            told += [row.get("bundles"), row.get("steps"), row.get("over_roofline"), row["traffic"]]
-        lines.append(["" if cell is None else str(cell) for cell in told])
+            cells += [row["name"], memory, row["registers"], row["spills"]]
+            cells += [row.get("bundles"), row.get("steps"), row.get("over_roofline"), row["traffic"]]
+        lines.append(["" if cell is None else str(cell) for cell in cells])
     widths = [max(len(line[i]) for line in lines if len(line) == len(heads)) for i in range(len(heads))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip() for line in lines

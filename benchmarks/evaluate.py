@@ -24,25 +24,25 @@ from lizard_jax.errors import UserError
 Steps = dict[str, list[str]]
 
 
-def steps(told: argparse.Namespace) -> Steps:
+def steps(args: argparse.Namespace) -> Steps:
     """By folder, the command of each evaluation."""
-    text = ["--data", told.data, *(["--held-out"] if told.held_out else [])]
+    text = ["--data", args.data, *(["--held-out"] if args.held_out else [])]
     found: Steps = {}
-    for who, place in (("teacher", told.teacher), ("student", told.student)):
-        found[f"{who}/perplexity"] = ["perplexity", place, *text, "--context-tokens", str(told.context_tokens)]
-        lengths = [str(length) for length in told.lengths]
-        found[f"{who}/passkey"] = ["passkey", place, "--lengths", *lengths, "--samples", "2", "--form", told.form]
-        found[f"{who}/recall"] = ["recall", place, "--pairs", "2", "4", "8"]
-        found[f"{who}/ruler"] = ["ruler", place, "--lengths", *lengths, "--samples", "10", "--form", told.form]
-        if told.task_path:
-            found[f"{who}/harness"] = ["harness", place, "--task-path", told.task_path, "--tasks", told.tasks]
-            found[f"{who}/harness"] += ["--limit", str(told.limit)] if told.limit else []
-    show = ["--show", told.show] if told.show else []
-    found["fidelity"] = ["fidelity", told.student, "--teacher", told.teacher, *text, *show]
+    for who, out_dir in (("teacher", args.teacher), ("student", args.student)):
+        found[f"{who}/perplexity"] = ["perplexity", out_dir, *text, "--context-tokens", str(args.context_tokens)]
+        lengths = [str(length) for length in args.lengths]
+        found[f"{who}/passkey"] = ["passkey", out_dir, "--lengths", *lengths, "--samples", "2", "--form", args.form]
+        found[f"{who}/recall"] = ["recall", out_dir, "--pairs", "2", "4", "8"]
+        found[f"{who}/ruler"] = ["ruler", out_dir, "--lengths", *lengths, "--samples", "10", "--form", args.form]
+        if args.task_path:
+            found[f"{who}/harness"] = ["harness", out_dir, "--task-path", args.task_path, "--tasks", args.tasks]
+            found[f"{who}/harness"] += ["--limit", str(args.limit)] if args.limit else []
+    show = ["--show", args.show] if args.show else []
+    found["fidelity"] = ["fidelity", args.student, "--teacher", args.teacher, *text, *show]
     return found
 
 
-def measured(told: argparse.Namespace, found: Steps) -> dict[str, dict[str, Any]]:
+def measured(args: argparse.Namespace, found: Steps) -> dict[str, dict[str, Any]]:
     """Runs what is not there yet; every result by its folder.
 
     Raises:
@@ -50,14 +50,14 @@ def measured(told: argparse.Namespace, found: Steps) -> dict[str, dict[str, Any]
     """
     out = {}
     for number, (folder, arguments) in enumerate(found.items(), 1):
-        place = told.out / folder
-        if told.again or not (place / "result.json").is_file():
+        out_dir = args.out / folder
+        if args.again or not (out_dir / "result.json").is_file():
             print(f"[{number}/{len(found)}] {folder}", file=sys.stderr, flush=True)
-            command = [sys.executable, "-m", "lizard_jax.eval", *arguments, "--out", str(place)]
+            command = [sys.executable, "-m", "lizard_jax.eval", *arguments, "--out", str(out_dir)]
             code = subprocess.run(command, check=False).returncode
             if code:
                 raise UserError(f"{shlex.join(command[1:])} ended with exit code {code}")
-        out[folder] = json.loads((place / "result.json").read_text(encoding="utf-8"))
+        out[folder] = json.loads((out_dir / "result.json").read_text(encoding="utf-8"))
     return out
 
 
@@ -80,11 +80,11 @@ def numbers(name: str, result: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def readme(told: argparse.Namespace, found: Steps, results: dict[str, dict[str, Any]]) -> str:
+def readme(args: argparse.Namespace, found: Steps, results: dict[str, dict[str, Any]]) -> str:
     """The page: numbers side by side, fidelity, pictures, commands."""
-    lines = [f"# {told.title or told.out.name}: teacher and student", ""]
-    if told.about:
-        lines += [told.about, ""]
+    lines = [f"# {args.title or args.out.name}: teacher and student", ""]
+    if args.about:
+        lines += [args.about, ""]
     lines += ["| | teacher | student |", "|---|---:|---:|"]
     for folder in found:
         who, _, name = folder.partition("/")
@@ -107,11 +107,11 @@ def readme(told: argparse.Namespace, found: Steps, results: dict[str, dict[str, 
     lines += [
         f"| {row['layer']} | " + " | ".join(f"{row[name]:.4f}" for name in names) + " |" for row in close["layers"]
     ]
-    pictures = sorted(path.relative_to(told.out).as_posix() for path in told.out.rglob("*.png"))
+    pictures = sorted(path.relative_to(args.out).as_posix() for path in args.out.rglob("*.png"))
     lines += ["", *(f"![{Path(name).parent}: {Path(name).stem}]({name})" for name in pictures), ""]
-    if (told.out / "fidelity" / "generations.md").is_file():
+    if (args.out / "fidelity" / "generations.md").is_file():
         lines += ["Continuations of both side by side: [fidelity/generations.md](fidelity/generations.md).", ""]
-    lines += ["## Commands", "", "```sh", *told.before]
+    lines += ["## Commands", "", "```sh", *args.before]
     lines += [
         shlex.join(["uv", "run", "--extra", "eval", "python", "-m", "lizard_jax.eval", *arguments])
         for arguments in found.values()
@@ -141,19 +141,19 @@ def main() -> int:
     parser.add_argument("--before", action="append", default=[], help="a command that goes before; may be repeated")
     parser.add_argument("--again", action="store_true", help="measure also what is there")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
-    told = parser.parse_args()
+    args = parser.parse_args()
     try:
-        told.out.mkdir(parents=True, exist_ok=True)
-        found = steps(told)
-        results = measured(told, found)
-        write_atomic(told.out / "README.md", readme(told, found, results))
+        args.out.mkdir(parents=True, exist_ok=True)
+        found = steps(args)
+        results = measured(args, found)
+        write_atomic(args.out / "README.md", readme(args, found, results))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror or error}", file=sys.stderr)
         return 2
-    print(f"tables and commands are in {told.out / 'README.md'}")
+    print(f"tables and commands are in {args.out / 'README.md'}")
     return 0
 
 

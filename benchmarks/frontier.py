@@ -72,19 +72,19 @@ LONG_SEED = 4
 """Of the needles, other than any that ranked."""
 
 
-def student(told: argparse.Namespace, config: ModelConfig, family: str, tokens: int) -> LizardConfig:
+def student(args: argparse.Namespace, config: ModelConfig, family: str, tokens: int) -> LizardConfig:
     """The attention of a family whose state takes at most as many bytes as a window of ``tokens``.
 
     Raises:
         UserError: not even the family's least fits.
     """
-    near = LizardConfig(memory="none", window=told.window)
+    near = LizardConfig(memory="none", window=args.window)
     limit = budgets.size(f"{tokens}tokens@{LONGEST}", config, near)
     if family == "window":
         return dataclasses.replace(near, window=tokens)
     if family == "pairs alike":
-        return dataclasses.replace(near, kept=pairs_worth(tokens, told.window, config.head_dim))
-    curves = budgets.read(told.curves)
+        return dataclasses.replace(near, kept=pairs_worth(tokens, args.window, config.head_dim))
+    curves = budgets.read(args.curves)
     if family == "exact layers":
         cache = 4 * config.head_dim * config.kv_heads * LONGEST
         least = budgets.state_bytes(dataclasses.replace(config, attention=near), LONGEST)
@@ -92,20 +92,20 @@ def student(told: argparse.Namespace, config: ModelConfig, family: str, tokens: 
         need = curves.array[..., 0].sum(axis=1)
         return dataclasses.replace(near, softmax_layers=tuple(sorted(map(int, np.argsort(-need)[:count]))))
     if match := EXACT.fullmatch(family):
-        heads, share = choice.best(choice.read(told.heads), match[1], config), match[2]
-        near = dataclasses.replace(near, softmax_heads=heads, retrieval_window=told.reach)
+        heads, share = choice.best(choice.read(args.heads), match[1], config), match[2]
+        near = dataclasses.replace(near, softmax_heads=heads, retrieval_window=args.reach)
         reach = budgets.reach(limit, config, near, int(share) / 100 if share else budgets.EXACT_SHARE)
         near = dataclasses.replace(near, retrieval_window=reach)
     return budgets.spend(curves, limit, config, near).switches
 
 
-def texts(told: argparse.Namespace, length: int) -> np.ndarray:
+def texts(args: argparse.Namespace, length: int) -> np.ndarray:
     """Texts of exactly ``length`` tokens."""
-    fields = {"teacher": told.teacher, "texts": told.texts}
+    fields = {"teacher": args.teacher, "texts": args.texts}
     try:
-        return score_texts(argparse.Namespace(score=[told.wiki], **fields), length - 1)
+        return score_texts(argparse.Namespace(score=[args.wiki], **fields), length - 1)
     except UserError:
-        return score_texts(argparse.Namespace(score=[told.book], **fields), length - 1)
+        return score_texts(argparse.Namespace(score=[args.book], **fields), length - 1)
 
 
 def scores(model: Llama, rows: np.ndarray, needles: Needles) -> dict[str, float]:
@@ -126,37 +126,37 @@ def scores(model: Llama, rows: np.ndarray, needles: Needles) -> dict[str, float]
     return {"loss": float(np.mean(losses)), "needles": right / len(needles.tokens)}
 
 
-def run(told: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """The work of ``main``."""
-    config = model_config(read_json(told.teacher / "config.json"))
+    config = model_config(read_json(args.teacher / "config.json"))
     measure = Measure(
-        load_tokenizer(told.teacher), sentences(told.book.read_text(encoding="utf-8").split("<|endoftext|>")[-1])
+        load_tokenizer(args.teacher), sentences(args.book.read_text(encoding="utf-8").split("<|endoftext|>")[-1])
     )
     cases: dict[str, tuple[str, Callable[[], Llama]]] = {
-        "teacher": ("teacher", partial(load_hf, told.teacher, dtype="float32"))
+        "teacher": ("teacher", partial(load_hf, args.teacher, dtype="float32"))
     }
     for family, sizes in SIZES.items():
         for tokens in sizes:
-            switches = student(told, config, family, tokens)
-            make_one = partial(load_hf, told.teacher, attention=switches, dtype="float32")
+            switches = student(args, config, family, tokens)
+            make_one = partial(load_hf, args.teacher, attention=switches, dtype="float32")
             cases[f"{family}, {tokens:,}"] = (family, make_one)
-    for text in told.students:
-        name, _, place = text.partition("=")
-        if not place:
+    for text in args.students:
+        name, _, directory = text.partition("=")
+        if not directory:
             raise UserError(f"--students {text}: give NAME=DIR")
-        cases[name] = ("trained", partial(lizard_jax.load, place))
-    if unknown := set(told.rows) - set(cases):
+        cases[name] = ("trained", partial(lizard_jax.load, directory))
+    if unknown := set(args.rows) - set(cases):
         raise UserError(f"no row {', '.join(sorted(unknown))}; choose from {'; '.join(cases)}")
     names = ("window", "reach", "texts", "needles")
-    settings = {name: getattr(told, name) for name in names}
-    file = told.table.with_suffix(".json")
+    settings = {name: getattr(args, name) for name in names}
+    file = args.table.with_suffix(".json")
     old = json.loads(file.read_text()) if file.is_file() else {}
     rows: dict[str, Any] = old["rows"] if old.get("settings") == settings else {}
-    scored = {length: texts(told, length) for length in told.lengths}
-    hidden = {length: make(measure, length, told.needles, seed=LONG_SEED) for length in told.lengths}
+    scored = {length: texts(args, length) for length in args.lengths}
+    hidden = {length: make(measure, length, args.needles, seed=LONG_SEED) for length in args.lengths}
     for name, (family, make_one) in tqdm(cases.items(), unit="row", disable=None):
-        missing = [n for n in told.lengths if str(n) not in rows.get(name, {}).get("scores", {})]
-        if not missing or (told.rows and name not in (*told.rows, "teacher")):
+        missing = [n for n in args.lengths if str(n) not in rows.get(name, {}).get("scores", {})]
+        if not missing or (args.rows and name not in (*args.rows, "teacher")):
             continue
         model = make_one()
         row = rows.setdefault(name, {"family": family, "bytes": 0, "scores": {}})
@@ -165,11 +165,11 @@ def run(told: argparse.Namespace) -> int:
             row["scores"][str(length)] = scores(model, scored[length], hidden[length])
             print(name, length, json.dumps(row["scores"][str(length)]), flush=True)
             write_atomic(file, json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
-    show(told, rows)
+    show(args, rows)
     return 0
 
 
-def show(told: argparse.Namespace, rows: dict[str, Any]) -> None:
+def show(args: argparse.Namespace, rows: dict[str, Any]) -> None:
     """The table as Markdown, and as a picture."""
     whole, lengths = rows["teacher"]["bytes"], sorted(map(int, rows["teacher"]["scores"]))
     heads = [f"loss at {length:,}" for length in lengths] + [f"needles at {length:,}" for length in lengths]
@@ -181,7 +181,7 @@ def show(told: argparse.Namespace, rows: dict[str, Any]) -> None:
         cells += [f"{one['needles']:.0%}" if one else "" for one in found]
         size = row["bytes"]
         lines.append(f"| {name} | {size / 2**20:.2f} | {size / whole:.1%} | " + " | ".join(cells) + " |")
-    write_atomic(told.table.with_suffix(".md"), "\n".join(lines) + "\n")
+    write_atomic(args.table.with_suffix(".md"), "\n".join(lines) + "\n")
     print("\n".join(lines))
     sizes = sorted({round(row["bytes"] / 2**20) for row in rows.values() if row["family"] != "teacher"})
     figure, axes = plt.subplots(2, len(lengths), figsize=(12, 7), layout="constrained", squeeze=False)
@@ -205,7 +205,7 @@ def show(told: argparse.Namespace, rows: dict[str, Any]) -> None:
                 axis.set_ylim(-0.05, 1.05)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
-    figure.savefig(told.table.with_suffix(".png"), dpi=110)
+    figure.savefig(args.table.with_suffix(".png"), dpi=110)
     plt.close(figure)
 
 
@@ -225,8 +225,8 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="these rows alone, and the teacher")
     parser.add_argument("--students", nargs="+", default=[], metavar="NAME=DIR", help="trained students beside them")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "frontier", help="the table, less suffix")
-    told = parser.parse_args()
-    return ended(lambda: run(told), interrupted="interrupted; the rows so far are kept")
+    args = parser.parse_args()
+    return ended(lambda: run(args), interrupted="interrupted; the rows so far are kept")
 
 
 if __name__ == "__main__":

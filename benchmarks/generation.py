@@ -78,32 +78,32 @@ def rows_of(read: Any, batch: int) -> decode.Carry:
     return decode.start(logits, state, [[0]] * batch, SAMPLING)
 
 
-def measure(models: Mapping[str, Llama], told: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(models: Mapping[str, Llama], args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per model, batch and context: ``state_bytes``, ``prefill_seconds`` (of one row, compilation included),
     ``step_seconds``."""
-    new = decode.BLOCK * (told.rounds * told.blocks + 1) + 1
+    new = decode.BLOCK * (args.rounds * args.blocks + 1) + 1
     pairs = [
         (name, context)
         for name in models
-        for context in sorted(told.contexts)
-        if name != "teacher" or context <= told.teacher_limit
+        for context in sorted(args.contexts)
+        if name != "teacher" or context <= args.teacher_limit
     ]
     rows: list[dict[str, Any]] = []
-    with tqdm(total=len(pairs) * (1 + len(told.batches) * (1 + told.rounds)), unit=" runs", disable=None) as bar:
+    with tqdm(total=len(pairs) * (1 + len(args.batches) * (1 + args.rounds)), unit=" runs", disable=None) as bar:
         read: dict[tuple[str, int], tuple[Any, float]] = {}
         for name, context in pairs:
             bar.set_postfix(reading=f"{name}, {context:,}")
             read[name, context] = read_context(models[name], context, new)
             bar.update()
-        for batch in told.batches:
+        for batch in args.batches:
             carries: dict[tuple[str, int], decode.Carry] = {}
             seconds: dict[tuple[str, int], list[float]] = {pair: [] for pair in pairs}
-            for turn in range(1 + told.rounds):
+            for turn in range(1 + args.rounds):
                 for name, context in pairs:
                     bar.set_postfix(writing=f"{name}, {batch} x {context:,}")
                     if turn == 0:  # compiles
                         carries[name, context] = rows_of(read[name, context][0], batch)
-                    carry, each = timed_blocks(carries[name, context], models[name], told.blocks if turn else 1)
+                    carry, each = timed_blocks(carries[name, context], models[name], args.blocks if turn else 1)
                     carries[name, context] = carry
                     if turn:
                         seconds[name, context].append(each / decode.BLOCK)
@@ -239,24 +239,24 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    told = arguments().parse_args()
-    numbers = {name: getattr(told, name) for name in ("rounds", "blocks", "bucket", "teacher_limit")}
-    numbers |= {"contexts": min(told.contexts), "batches": min(told.batches)}
-    numbers |= {} if told.long is None else {"long": told.long}
+    args = arguments().parse_args()
+    numbers = {name: getattr(args, name) for name in ("rounds", "blocks", "bucket", "teacher_limit")}
+    numbers |= {"contexts": min(args.contexts), "batches": min(args.batches)}
+    numbers |= {} if args.long is None else {"long": args.long}
     try:
         for name, value in numbers.items():
             if value < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {value}, must be at least 1")
-        paths = {"teacher": told.teacher, "student": told.student}
+        paths = {"teacher": args.teacher, "student": args.student}
         models = {name: lizard_jax.load(path) for name, path in paths.items() if path is not None}
-        told.out.mkdir(parents=True, exist_ok=True)
+        args.out.mkdir(parents=True, exist_ok=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result: dict[str, Any]
-    name = told.name or ("generation" if told.long is None else "generation_long")
-    if told.long is not None:
-        result = long_run(models["student"], told.long, told.bucket)
+    name = args.name or ("generation" if args.long is None else "generation_long")
+    if args.long is not None:
+        result = long_run(models["student"], args.long, args.bucket)
         early, late = result["rows"][0], result["rows"][-1]
         near = min(result["rows"], key=lambda row: abs(row["position"] - 100_000))
         for row in dict.fromkeys((early["position"], near["position"], late["position"])):
@@ -268,20 +268,20 @@ def main() -> int:
         )
         drawn = long_picture(result)
     else:
-        rows = measure(models, told)
+        rows = measure(models, args)
         result, drawn = {"rows": rows, "notes": flatness(rows)}, picture(rows)
         print(table(rows))
         print("\n".join(result["notes"]))
-        write_atomic(told.out / f"{name}.md", table(rows) + "\n".join(["", *result["notes"], ""]))
+        write_atomic(args.out / f"{name}.md", table(rows) + "\n".join(["", *result["notes"], ""]))
     result |= {
-        "settings": {key: getattr(told, key) for key in ("contexts", "batches", "rounds", "blocks", "long", "bucket")},
+        "settings": {key: getattr(args, key) for key in ("contexts", "batches", "rounds", "blocks", "long", "bucket")},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "cores": os.cpu_count(),
         "versions": versions(),
     }  # fmt: skip
     png = io.BytesIO()
     drawn.savefig(png, format="png", dpi=110)
-    write_atomic(told.out / f"{name}.png", png.getvalue())
-    write_atomic(told.out / f"{name}.json", json.dumps(result, indent=2) + "\n")
+    write_atomic(args.out / f"{name}.png", png.getvalue())
+    write_atomic(args.out / f"{name}.json", json.dumps(result, indent=2) + "\n")
     return 0
 
 

@@ -29,11 +29,11 @@ from lizard_jax.train.report import versions
 HERE = Path(__file__).resolve().parent
 
 
-def answers(lm: Any, tasks: list[str], told: argparse.Namespace) -> tuple[dict[str, list], dict[str, dict], float]:
+def answers(lm: Any, tasks: list[str], args: argparse.Namespace) -> tuple[dict[str, list], dict[str, dict], float]:
     """By task, every request's answer (sums of loglikelihoods) and the scores; and the seconds it took."""
-    chosen = harness.load_tasks(tasks, task_path=told.task_path)
+    chosen = harness.load_tasks(tasks, task_path=args.task_path)
     began = time.perf_counter()
-    results = harness.evaluate(lm, chosen, limit=told.limit, samples=True)
+    results = harness.evaluate(lm, chosen, limit=args.limit, samples=True)
     seconds = time.perf_counter() - began
     found = {
         name: [sample["resps"] for sample in sorted(rows, key=lambda row: row["doc_id"])]
@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=16, help="texts read at once (default %(default)s)")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="nats (default %(default)s)")
     parser.add_argument("--out", type=Path, default=HERE / "harness_parity.json", help="(default %(default)s)")
-    told = parser.parse_args()
+    args = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         from lm_eval.models.huggingface import HFLM
@@ -74,15 +74,15 @@ def main() -> int:
         from lizard_jax.eval._lm import LizardLM
         from lizard_jax.generate.prompts import end_tokens, text_tokenizer
 
-        tasks = [name.strip() for name in told.tasks.split(",") if name.strip()]
-        model = lizard_jax.load(told.checkpoint, dtype="float32")
+        tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
+        model = lizard_jax.load(args.checkpoint, dtype="float32")
         tokenizer = text_tokenizer(model.source)
-        lm = LizardLM(model, tokenizer, end=end_tokens(model.source, tokenizer), batch_size=told.batch_size)
-        ours, our_scores, our_seconds = answers(lm, tasks, told)
-        reference: Any = AutoModelForCausalLM.from_pretrained(told.checkpoint, dtype="float32")
+        lm = LizardLM(model, tokenizer, end=end_tokens(model.source, tokenizer), batch_size=args.batch_size)
+        ours, our_scores, our_seconds = answers(lm, tasks, args)
+        reference: Any = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype="float32")
         backend: Any = HFLM  # whose constructor its types do not describe
-        other = backend(reference, tokenizer=tokenizer, batch_size=told.batch_size)
-        theirs, their_scores, their_seconds = answers(other, tasks, told)
+        other = backend(reference, tokenizer=tokenizer, batch_size=args.batch_size)
+        theirs, their_scores, their_seconds = answers(other, tasks, args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -101,11 +101,11 @@ def main() -> int:
         a != b for row in rows for key, (a, b) in row["scores"].items() if key.startswith(("acc", "exact"))
     )
     result = {
-        "tasks": rows, "limit": told.limit, "checkpoint": Path(told.checkpoint).name, "seconds": our_seconds,
+        "tasks": rows, "limit": args.limit, "checkpoint": Path(args.checkpoint).name, "seconds": our_seconds,
         "their_seconds": their_seconds, "versions": versions(),
     }  # fmt: skip
-    write_atomic(told.out, json.dumps(result, indent=2) + "\n")
-    return int(accuracies_differ or any(row["largest_difference"] > told.tolerance for row in rows))
+    write_atomic(args.out, json.dumps(result, indent=2) + "\n")
+    return int(accuracies_differ or any(row["largest_difference"] > args.tolerance for row in rows))
 
 
 if __name__ == "__main__":

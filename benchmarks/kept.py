@@ -42,42 +42,42 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a text (default %(default)s)")
     parser.add_argument("--texts", type=int, default=4, help="most texts (default %(default)s)")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "kept", help="the table, less suffix")
-    told = parser.parse_args()
-    return ended(lambda: run(told), interrupted="interrupted; no table was written")
+    args = parser.parse_args()
+    return ended(lambda: run(args), interrupted="interrupted; no table was written")
 
 
-def run(told: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """The work of ``main``."""
-    texts = score_texts(told, told.length)
-    width = model_config(read_json(told.teacher / "config.json")).head_dim
+    texts = score_texts(args, args.length)
+    width = model_config(read_json(args.teacher / "config.json")).head_dim
     cases: list[tuple[str, LizardConfig | None, float]] = [("teacher", None, 1.0)]
-    cases.append((f"window {told.budget}", LizardConfig(memory="none", window=told.budget), 1.0))
-    for window in told.windows:
-        count = pairs_worth(told.budget, window, width)
+    cases.append((f"window {args.budget}", LizardConfig(memory="none", window=args.budget), 1.0))
+    for window in args.windows:
+        count = pairs_worth(args.budget, window, width)
         if count < 1:
-            raise UserError(f"a window of {window} leaves no room for pairs in a budget of {told.budget} tokens")
-        for fade in told.fades:
+            raise UserError(f"a window of {window} leaves no room for pairs in a budget of {args.budget} tokens")
+        for fade in args.fades:
             attention = LizardConfig(memory="none", window=window, kept=count)
             cases.append((f"window {window}, {count} pairs, fade {fade}", attention, fade))
     rows: dict[str, Any] = {}
     usual = kept_pairs.FADE
     for name, attention, fade in cases:
         kept_pairs.FADE = fade
-        model = load_hf(told.teacher, attention=attention, dtype="float32")
-        each = losses(model, texts)[:, told.length // 2 :].mean(axis=1)
+        model = load_hf(args.teacher, attention=attention, dtype="float32")
+        each = losses(model, texts)[:, args.length // 2 :].mean(axis=1)
         rows[name] = {"loss": float(each.mean()), "texts": each.tolist()}
         print(f"{name}: {each.mean():.4f}", flush=True)
     kept_pairs.FADE = usual
-    settings = {"score": [path.name for path in told.score], "length": told.length, "texts": len(texts)}
-    write_atomic(told.table.with_suffix(".json"), json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
-    best = np.asarray(rows[f"window {told.budget}"]["texts"])
+    settings = {"score": [path.name for path in args.score], "length": args.length, "texts": len(texts)}
+    write_atomic(args.table.with_suffix(".json"), json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    best = np.asarray(rows[f"window {args.budget}"]["texts"])
     lines = [f"Loss in nats, {len(texts)} texts; ± of the difference from the plain window, paired by text:", ""]
     lines += ["| | loss | |", "|---|---:|---:|"]
     for name, row in rows.items():
         apart = np.asarray(row["texts"]) - best
         error = apart.std(ddof=1) / len(apart) ** 0.5 if len(apart) > 1 else 0.0
         lines.append(f"| {name} | {row['loss']:.3f} | {apart.mean():+.3f} ± {error:.3f} |")
-    write_atomic(told.table.with_suffix(".md"), "\n".join(lines) + "\n")
+    write_atomic(args.table.with_suffix(".md"), "\n".join(lines) + "\n")
     return 0
 
 

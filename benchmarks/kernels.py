@@ -304,8 +304,8 @@ def table(rows: list[dict]) -> str:
     """Markdown, a row per contestant, pass, K and F, a column per length: ms, times the roofline, of the rival."""
     lengths = sorted({row["T"] for row in rows})
     rival = next((key.removeprefix("of ") for key in rows[0] if key.startswith("of ")), None)
-    told = "ms" + ("" if rows[0]["roofline_ms"] is None else ", × roofline") + (f", × {rival}" if rival else "")
-    lines = [f"| {told} | pass | K | F |" + "".join(f" T={T} |" for T in lengths)]
+    title = "ms" + ("" if rows[0]["roofline_ms"] is None else ", × roofline") + (f", × {rival}" if rival else "")
+    lines = [f"| {title} | pass | K | F |" + "".join(f" T={T} |" for T in lengths)]
     lines.append("|---|---|---|---|" + "---|" * len(lengths))
     for key in dict.fromkeys((row["implementation"], row["pass"], row["K"], row["F"]) for row in rows):
         cells = {row["T"]: row for row in rows if (row["implementation"], row["pass"], row["K"], row["F"]) == key}

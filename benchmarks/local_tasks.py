@@ -72,15 +72,15 @@ def pages(path: Path, size: int) -> list[dict[str, Any]]:
     return [{"text": text[at : at + size]} for at in range(0, len(text), size)]
 
 
-def write(place: Path, name: str, rows: list[dict[str, Any]], tasks: dict[str, dict[str, Any]]) -> None:
+def write(directory: Path, name: str, rows: list[dict[str, Any]], tasks: dict[str, dict[str, Any]]) -> None:
     """The data, and a file for each task on it."""
     import yaml
 
-    write_atomic(place / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomic(directory / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     for task, settings in tasks.items():
         source = {"data_files": {"test": f"{name}.jsonl"}}
         head = {"task": task, "dataset_path": "json", "dataset_kwargs": source, "test_split": "test"}
-        write_atomic(place / f"{task}.yaml", yaml.safe_dump(head | settings, sort_keys=False))
+        write_atomic(directory / f"{task}.yaml", yaml.safe_dump(head | settings, sort_keys=False))
         print(f"{task}: {len(rows):,} documents")
 
 
@@ -90,25 +90,25 @@ def main() -> int:
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text to score")
     parser.add_argument("--page", type=int, default=2000, help="characters of a page (default %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the tasks are written")
-    told = parser.parse_args()
+    args = parser.parse_args()
     try:
-        if told.hellaswag is None and told.text is None:
+        if args.hellaswag is None and args.text is None:
             raise UserError("nothing to make tasks of; give --hellaswag FILE, --text FILE or both")
-        if told.page < 1:
-            raise UserError(f"--page is {told.page}, must be at least 1")
-        asked = questions(told.hellaswag) if told.hellaswag else []
-        read = pages(told.text, told.page) if told.text else []
-        told.out.mkdir(parents=True, exist_ok=True)
+        if args.page < 1:
+            raise UserError(f"--page is {args.page}, must be at least 1")
+        asked = questions(args.hellaswag) if args.hellaswag else []
+        read = pages(args.text, args.page) if args.text else []
+        args.out.mkdir(parents=True, exist_ok=True)
         if asked:
             shots = {"fewshot_split": "test", "num_fewshot": 2, "fewshot_config": {"sampler": "first_n"}}
-            write(told.out, "hellaswag", asked, {"hellaswag_local": CHOICES, "hellaswag_local_2shot": CHOICES | shots})
+            write(args.out, "hellaswag", asked, {"hellaswag_local": CHOICES, "hellaswag_local_2shot": CHOICES | shots})
         if read:
-            write(told.out, "text", read, {"text_local": ROLLING})
+            write(args.out, "text", read, {"text_local": ROLLING})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: cannot write {told.out}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: cannot write {args.out}: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
 

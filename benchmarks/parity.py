@@ -102,17 +102,17 @@ def main() -> int:
         for shape, dtype, case in tqdm(plan, unit="case", desc=name):
             values = suite.draw(np.random.default_rng((arguments.seed, case)))
             errors = suite.errors(name, shapes[shape], values, dtype)
-            told = {"shape": dataclasses.asdict(shapes[shape]), "draw": dataclasses.asdict(values)}
-            lines.write(json.dumps({"case": case, "dtype": dtype, "errors": errors} | told) + "\n")
+            inputs = {"shape": dataclasses.asdict(shapes[shape]), "draw": dataclasses.asdict(values)}
+            lines.write(json.dumps({"case": case, "dtype": dtype, "errors": errors} | inputs) + "\n")
             counts[dtype] = counts.get(dtype, 0) + 1
             if over := [result for result, error in errors.items() if not error <= parity.TOLERANCE[dtype]]:
                 plain = suite.errors("reference", shapes[shape], values, dtype)
                 both = {result: {name: errors[result], "definition": plain[result]} for result in over}
-                missed.append({"case": case, "dtype": dtype, "errors": both} | told)
+                missed.append({"case": case, "dtype": dtype, "errors": both} | inputs)
             for result, error in errors.items():
                 before = worst.setdefault(dtype, {}).get(result)
                 if before is None or not error <= before["error"]:
-                    worst[dtype][result] = {"error": error} | told
+                    worst[dtype][result] = {"error": error} | inputs
 
     kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     options = f"--op {arguments.op} --implementation {name} --cases {arguments.cases} --seed {arguments.seed}"
@@ -131,8 +131,8 @@ def main() -> int:
         print(f"{result:8}" + "".join(f"{cell:>12}" for cell in row))
     for case in missed:
         for result, error in case["errors"].items():
-            told = f"{error[name]:.1e}, the definition in {case['dtype']} {error['definition']:.1e}"
-            print(f"missed: case {case['case']}, {result}: {told}")
+            inputs = f"{error[name]:.1e}, the definition in {case['dtype']} {error['definition']:.1e}"
+            print(f"missed: case {case['case']}, {result}: {inputs}")
     print(f"{arguments.cases} cases, {len(missed)} missed; every case in {log}, the worst in {arguments.out}")
     return 1 if missed else 0
 

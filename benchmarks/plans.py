@@ -71,20 +71,20 @@ def tables(recipe: str, rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(told: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """The work of ``main``."""
-    file = told.table.with_suffix(".json")
+    file = args.table.with_suffix(".json")
     old = json.loads(file.read_text()) if file.is_file() else {}
-    rows: dict[str, dict[str, Any]] = old["rows"] if old.get("recipe") == told.recipe else {}
-    wanted = [(stage, target) for stage in (1, 2) for target in told.targets]
+    rows: dict[str, dict[str, Any]] = old["rows"] if old.get("recipe") == args.recipe else {}
+    wanted = [(stage, target) for stage in (1, 2) for target in args.targets]
     for stage, target in tqdm(wanted, unit="row", disable=None):
         name = f"{stage}, {target}"
         if name not in rows:
-            rows[name] = row(told.recipe, stage, target)
+            rows[name] = row(args.recipe, stage, target)
             rows = dict(sorted(rows.items()))
-            write_atomic(file, json.dumps({"recipe": told.recipe, "rows": rows}, indent=1) + "\n")
-    text = tables(told.recipe, rows)
-    write_atomic(told.table.with_suffix(".md"), text)
+            write_atomic(file, json.dumps({"recipe": args.recipe, "rows": rows}, indent=1) + "\n")
+    text = tables(args.recipe, rows)
+    write_atomic(args.table.with_suffix(".md"), text)
     print(text)
     return 0
 
@@ -95,8 +95,8 @@ def main() -> int:
     parser.add_argument("--recipe", default="llama3_8b", help="default %(default)s")
     parser.add_argument("--targets", nargs="+", default=TARGETS, metavar="CHIPS", help=f"default {' '.join(TARGETS)}")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "plans", help="the table, less suffix")
-    told = parser.parse_args()
-    return ended(lambda: run(told), interrupted="interrupted; the rows so far are kept")
+    args = parser.parse_args()
+    return ended(lambda: run(args), interrupted="interrupted; the rows so far are kept")
 
 
 if __name__ == "__main__":

@@ -73,24 +73,24 @@ WHENS = ("no training", "stage 1", "stage 2")
 # ------------------------------------------------------------------------------------------------- what is compared
 
 
-def needs(told: argparse.Namespace, text: Path) -> Curves:
+def needs(args: argparse.Namespace, text: Path) -> Curves:
     """What each key head needs, by the beginning of the training text."""
-    place = told.out / "budgets.json"
-    if not place.is_file():
-        switches = dataclasses.replace(preset("lizard"), window=told.window)
-        found = automatic(told.teacher, switches, data(told, text), dtype="float32")
-        write_atomic(place, found.model_dump_json(indent=1) + "\n")
-    return read(place)
+    file = args.out / "budgets.json"
+    if not file.is_file():
+        switches = dataclasses.replace(preset("lizard"), window=args.window)
+        found = automatic(args.teacher, switches, data(args, text), dtype="float32")
+        write_atomic(file, found.model_dump_json(indent=1) + "\n")
+    return read(file)
 
 
-def data(told: argparse.Namespace, text: Path) -> DataConfig:
+def data(args: argparse.Namespace, text: Path) -> DataConfig:
     """Stage 1's text."""
-    return DataConfig(path=str(text), sequence_length=told.length, batch_size=told.batch, segment_mask=False)
+    return DataConfig(path=str(text), sequence_length=args.length, batch_size=args.batch, segment_mask=False)
 
 
-def sizes(told: argparse.Namespace, attention: LizardConfig | None) -> dict[str, int]:
+def sizes(args: argparse.Namespace, attention: LizardConfig | None) -> dict[str, int]:
     """By extent, the bytes of one sequence's state."""
-    return {str(extent): state_bytes(told.teacher, attention, extent) for extent in told.extents}
+    return {str(extent): state_bytes(args.teacher, attention, extent) for extent in args.extents}
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -101,9 +101,9 @@ def training_text(sources: list[Path], tokenizer: Any, out: Path) -> Path:
 
     The last document of each plain text is left out: it is never trained on.
     """
-    place = out / "train.txt"
-    if place.is_file():
-        return place
+    file = out / "train.txt"
+    if file.is_file():
+        return file
     texts: list[str] = []
     for source in sources:
         if source.suffix == ".json":
@@ -116,8 +116,8 @@ def training_text(sources: list[Path], tokenizer: Any, out: Path) -> Path:
             texts += whole[:-1]
     pieces = [text[at : at + PIECE] for text in texts for at in range(0, len(text), PIECE)]
     order = np.random.default_rng(0).permutation(len(pieces))
-    write_atomic(place, "<|endoftext|>".join(pieces[i] for i in order))
-    return place
+    write_atomic(file, "<|endoftext|>".join(pieces[i] for i in order))
+    return file
 
 
 def flags(attention: LizardConfig) -> list[str]:
@@ -133,33 +133,33 @@ def flags(attention: LizardConfig) -> list[str]:
 
 
 def train(
-    told: argparse.Namespace, attention: LizardConfig, stage: int, where: Path, text: Path,
+    args: argparse.Namespace, attention: LizardConfig, stage: int, where: Path, text: Path,
     program: list[str] | None = None,
 ) -> None:  # fmt: skip
     """Run one stage, by train.py or another Python program, unless its result is there."""
     if (where / f"stage{stage}" / "result.json").is_file():
         return
-    length = told.length if stage == 1 else told.length2
-    tokens, rate = (told.tokens, told.learning_rate) if stage == 1 else (told.tokens2, told.learning_rate2)
+    length = args.length if stage == 1 else args.length2
+    tokens, rate = (args.tokens, args.learning_rate) if stage == 1 else (args.tokens2, args.learning_rate2)
     command = [
         sys.executable, *(program or [str(ROOT / "train.py")]), f"--stage={stage}", f"--out={where}",
-        f"--teacher={told.teacher}", f"--data={text}", f"--sequence-length={length}", f"--batch-size={told.batch}",
+        f"--teacher={args.teacher}", f"--data={text}", f"--sequence-length={length}", f"--batch-size={args.batch}",
         f"--tokens={tokens}", f"--learning-rate={rate}", "--no-segment-mask", f"--held-out-tokens={2 * length}",
-        "--no-remat", "--state-bytes=", f"--validate-every={max(1, tokens // (told.batch * length) // 4)}",
+        "--no-remat", "--state-bytes=", f"--validate-every={max(1, tokens // (args.batch * length) // 4)}",
         *(flags(attention) if stage == 1 or not attention.adds_modules else []),
-        *([f"--kl={told.kl}"] if stage == 2 else []),
+        *([f"--kl={args.kl}"] if stage == 2 else []),
     ]  # fmt: skip
     print("$", shlex.join(command), flush=True)
     if subprocess.run(command, check=False).returncode:
         raise UserError(f"stage {stage} in {where} failed; its last line says why")
 
 
-def student(told: argparse.Namespace, attention: LizardConfig, when: str, where: Path, text: Path) -> Llama:
+def student(args: argparse.Namespace, attention: LizardConfig, when: str, where: Path, text: Path) -> Llama:
     """A row's model at one of ``WHENS``."""
     if when != WHENS[0]:
         return lizard_jax.load(str(where / when.replace(" ", "")))
     # As stage 1 starts: from the first batches of the same order.
-    model, start = linearize(told.teacher, attention, data(told, text), dtype="float32")
+    model, start = linearize(args.teacher, attention, data(args, text), dtype="float32")
     if start is not None:
         print(start.summary(), flush=True)
     return model
@@ -168,10 +168,10 @@ def student(told: argparse.Namespace, attention: LizardConfig, when: str, where:
 # ------------------------------------------------------------------------------------------------- scoring
 
 
-def score_texts(told: argparse.Namespace, extent: int) -> np.ndarray:
+def score_texts(args: argparse.Namespace, extent: int) -> np.ndarray:
     """The first ``extent + 1`` tokens of the first ``--texts`` articles or books that have as many, ``[texts, n]``."""
-    tokenizer, rows = load_tokenizer(told.teacher), []
-    for source in told.score:
+    tokenizer, rows = load_tokenizer(args.teacher), []
+    for source in args.score:
         raw = source.read_text(encoding="utf-8")
         parts = raw.split("<|endoftext|>")[-1:] if "<|endoftext|>" in raw else HEADING.split(raw)
         for part in parts:
@@ -181,7 +181,7 @@ def score_texts(told: argparse.Namespace, extent: int) -> np.ndarray:
             rows += [ids[at * (extent + 1) : (at + 1) * (extent + 1)] for at in range(stretches)]
     if not rows:
         raise UserError(f"no text of --score has {extent + 1} tokens; give longer texts or fewer --extents")
-    return np.asarray(rows[: told.texts], np.int32)
+    return np.asarray(rows[: args.texts], np.int32)
 
 
 def losses(model: Llama, rows: np.ndarray) -> np.ndarray:
@@ -201,20 +201,20 @@ def buckets(extent: int) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def scored(told: argparse.Namespace, ready: Callable[[], Llama], where: Path) -> dict[str, list[list[float]]]:
+def scored(args: argparse.Namespace, ready: Callable[[], Llama], where: Path) -> dict[str, list[list[float]]]:
     """By extent, each text's mean loss in each bucket."""
     kept = where / "losses.json"
     found: dict[str, list[list[float]]] = json.loads(kept.read_text()) if kept.is_file() else {}
-    missing = [extent for extent in told.extents if len(found.get(str(extent), [])) < told.texts]
+    missing = [extent for extent in args.extents if len(found.get(str(extent), [])) < args.texts]
     for extent in missing:
-        rows = score_texts(told, extent)
+        rows = score_texts(args, extent)
         if len(found.get(str(extent), [])) == len(rows):
             continue
         each = losses(ready(), rows)
         found[str(extent)] = [[float(row[a:b].mean()) for a, b in buckets(extent)] for row in each]
         where.mkdir(parents=True, exist_ok=True)
         write_atomic(kept, json.dumps(found) + "\n")
-    return {str(extent): found[str(extent)] for extent in told.extents}
+    return {str(extent): found[str(extent)] for extent in args.extents}
 
 
 # ------------------------------------------------------------------------------------------------- the table
@@ -253,9 +253,9 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {part: old.get(part, {}) | new.get(part, {}) for part in ("bytes", "scores", "tasks")}
 
 
-def write(told: argparse.Namespace, settings: dict[str, Any], rows: dict[str, Any]) -> None:
+def write(args: argparse.Namespace, settings: dict[str, Any], rows: dict[str, Any]) -> None:
     """The table as JSON and Markdown, and as a picture."""
-    stem = told.table
+    stem = args.table
     old = json.loads(stem.with_suffix(".json").read_text()) if stem.with_suffix(".json").is_file() else {}
     if old.get("settings") == settings:
         rows = {name: merged(row, rows.get(name, {})) for name, row in old["rows"].items()} | {
@@ -263,7 +263,7 @@ def write(told: argparse.Namespace, settings: dict[str, Any], rows: dict[str, An
         }
     write_atomic(stem.with_suffix(".json"), json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     lines = list(task_table(rows))
-    for extent in map(str, told.extents):
+    for extent in map(str, args.extents):
         names = [f"{a}–{b - 1}" for a, b in buckets(int(extent))]
         texts = rows["teacher"]["scores"][extent]["texts"]
         lines += [f"First {int(extent):,} tokens of {texts} texts; loss in nats by position:", ""]
@@ -285,7 +285,7 @@ def write(told: argparse.Namespace, settings: dict[str, Any], rows: dict[str, An
     if said:
         write_atomic(stem.with_name(f"{stem.name}_answers.md"), "\n\n".join(said) + "\n")
 
-    longest = str(max(told.extents))
+    longest = str(max(args.extents))
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     ends = [end for _, end in buckets(int(longest))]
     for name, row in rows.items():
@@ -337,34 +337,34 @@ def main() -> int:
     parser.add_argument("--whens", nargs="+", choices=WHENS, default=WHENS, help="these moments alone")
     parser.add_argument("--out", type=Path, default=Path("runs/recovery"), help="where the runs go")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "recovery", help="the table, less suffix")
-    told = parser.parse_args()
-    return ended(lambda: run(told), interrupted="interrupted; what is trained and scored so far is kept")
+    args = parser.parse_args()
+    return ended(lambda: run(args), interrupted="interrupted; what is trained and scored so far is kept")
 
 
-def run(told: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """The work of ``main``."""
-    for source in (*told.train, *told.score, told.hellaswag, told.book):
+    for source in (*args.train, *args.score, args.hellaswag, args.book):
         if source is not None and not source.is_file():
             raise UserError(f"no text at {source}")
-    tokenizer = load_tokenizer(told.teacher)
-    if told.ask and not tokenizer.chat_template:
-        raise UserError(f"the tokenizer in {told.teacher} has no chat template to ask through; leave out --ask")
-    told.out.mkdir(parents=True, exist_ok=True)
-    text = training_text(told.train, tokenizer, told.out)
-    exact = resolved(told.heads, told.teacher, told.window) if told.heads else ()
-    splits = any("by head" in name for name in told.rows or ("by head",))
-    variants = students(told.window, told.teacher, exact, needs(told, text) if splits else None)
-    unknown = set(told.rows or ()) - set(variants)
+    tokenizer = load_tokenizer(args.teacher)
+    if args.ask and not tokenizer.chat_template:
+        raise UserError(f"the tokenizer in {args.teacher} has no chat template to ask through; leave out --ask")
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = training_text(args.train, tokenizer, args.out)
+    exact = resolved(args.heads, args.teacher, args.window) if args.heads else ()
+    splits = any("by head" in name for name in args.rows or ("by head",))
+    variants = students(args.window, args.teacher, exact, needs(args, text) if splits else None)
+    unknown = set(args.rows or ()) - set(variants)
     if unknown:
         raise UserError(f"no row {', '.join(sorted(unknown))}; choose from {', '.join(variants)}")
-    for extent in told.extents:
-        score_texts(told, extent)
-    original = once(lambda: load_hf(told.teacher, dtype="float32"))
-    teacher = scored(told, original, told.out / "teacher")
+    for extent in args.extents:
+        score_texts(args, extent)
+    original = once(lambda: load_hf(args.teacher, dtype="float32"))
+    teacher = scored(args, original, args.out / "teacher")
     rows: dict[str, Any] = {
         "teacher": {
-            "bytes": sizes(told, None), "scores": summary(teacher, teacher),
-            "tasks": done(told, original, told.out / "teacher"),
+            "bytes": sizes(args, None), "scores": summary(teacher, teacher),
+            "tasks": done(args, original, args.out / "teacher"),
         }
     }  # fmt: skip
     original.cache_clear()
@@ -380,24 +380,24 @@ def run(told: argparse.Namespace) -> int:
         "batch",
         "texts",
     )
-    settings = {name: getattr(told, name) for name in keep} | {
-        "train": [path.name for path in told.train], "score": [path.name for path in told.score],
+    settings = {name: getattr(args, name) for name in keep} | {
+        "train": [path.name for path in args.train], "score": [path.name for path in args.score],
     }  # fmt: skip
-    for name in told.rows or variants:
+    for name in args.rows or variants:
         attention = variants[name]
-        where = told.out / name.replace(", ", "_").replace(" ", "_")
+        where = args.out / name.replace(", ", "_").replace(" ", "_")
         for number, when in enumerate(WHENS):
-            if when not in told.whens or (number == 1 and not attention.adds_modules):
+            if when not in args.whens or (number == 1 and not attention.adds_modules):
                 continue
             if number:
-                train(told, attention, number, where, text)
+                train(args, attention, number, where, text)
             kept = where / "scores" / when.replace(" ", "_")
-            ready = once(lambda a=attention, w=when, p=where: student(told, a, w, p, text))
+            ready = once(lambda a=attention, w=when, p=where: student(args, a, w, p, text))
             rows[f"{name}, {when}"] = {
-                "bytes": sizes(told, attention),
-                "scores": summary(scored(told, ready, kept), teacher), "tasks": done(told, ready, kept),
+                "bytes": sizes(args, attention),
+                "scores": summary(scored(args, ready, kept), teacher), "tasks": done(args, ready, kept),
             }  # fmt: skip
-            write(told, settings, rows)
+            write(args, settings, rows)
     return 0
 
 

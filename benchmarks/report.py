@@ -118,13 +118,13 @@ def training(result: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return table(["", *columns], rows), {name: value for name, value in result.items() if name not in columns}
 
 
-def section(place: Path, name: str, number: int) -> str:
+def section(source: Path, name: str, number: int) -> str:
     """One directory's results.
 
     Raises:
         UserError: its ``result.json`` is damaged.
     """
-    file = place / "result.json"
+    file = source / "result.json"
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -135,7 +135,7 @@ def section(place: Path, name: str, number: int) -> str:
     if isinstance(result.get("before"), dict) and isinstance(result.get("after"), dict):
         first, result = training(result)
         parts.append(first)
-    parts += [picture(image) for image in sorted(place.glob("*.png"))]
+    parts += [picture(image) for image in sorted(source.glob("*.png"))]
     parts.append(content("", {key: value for key, value in result.items() if key not in FOLDED}))
     made = {key: result[key] for key in FOLDED if key in result}
     if made:
@@ -150,18 +150,18 @@ def page(places: list[Path], title: str) -> str:
         UserError: a place that is not there, or no result in any.
     """
     found: dict[Path, str] = {}
-    for place in places:
-        if not place.is_dir():
-            raise UserError(f"no directory at {place}")
-        for file in sorted(place.rglob("result.json")):
-            below = file.parent.relative_to(place)
-            found.setdefault(file.parent, place.name if below == Path() else f"{place.name}/{below}")
+    for source in places:
+        if not source.is_dir():
+            raise UserError(f"no directory at {source}")
+        for file in sorted(source.rglob("result.json")):
+            below = file.parent.relative_to(source)
+            found.setdefault(file.parent, source.name if below == Path() else f"{source.name}/{below}")
     if not found:
         raise UserError(
             f"no result.json in {', '.join(map(str, places))}; give a run of train.py, or an evaluation's --out"
         )
     links = "".join(f'<a href="#part{n}">{html.escape(name)}</a>' for n, name in enumerate(found.values()))
-    sections = "".join(section(place, name, n) for n, (place, name) in enumerate(found.items()))
+    sections = "".join(section(source, name, n) for n, (source, name) in enumerate(found.items()))
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
@@ -174,17 +174,17 @@ def main() -> int:
     parser.add_argument("places", nargs="+", type=Path, metavar="DIR", help="run directories, results of evaluations")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default %(default)s)")
     parser.add_argument("--title", help="heading (default: the first directory's name)")
-    told = parser.parse_args()
+    args = parser.parse_args()
     try:
-        text = page(told.places, told.title or f"lizard-jax: {told.places[0].resolve().name}")
-        write_atomic(told.out, text)
+        text = page(args.places, args.title or f"lizard-jax: {args.places[0].resolve().name}")
+        write_atomic(args.out, text)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: cannot write {told.out}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: cannot write {args.out}: {error.strerror or error}", file=sys.stderr)
         return 2
-    print(f"{told.out}: {len(text) / 2**20:.1f} MiB")
+    print(f"{args.out}: {len(text) / 2**20:.1f} MiB")
     return 0
 
 

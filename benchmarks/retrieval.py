@@ -43,18 +43,18 @@ ROOT = Path(__file__).resolve().parents[1]
 KEYS, QUERIES, PAIRS = 5, 2, 4
 
 
-def found(told: argparse.Namespace, model: Llama, measure: Measure, length: int) -> dict[str, Any]:
+def found(args: argparse.Namespace, model: Llama, measure: Measure, length: int) -> dict[str, Any]:
     """What a model finds in texts of one length: ``depths`` (a share each), ``queries`` and ``recall``."""
     form = "chat" if measure.tokenizer.chat_template else "plain"
-    examples = PasskeySet(measure, length, KEYS, (5, 5), form, depths=told.depths)
-    maps = passkey.measure(model, [examples], samples=told.samples, batch=1, teacher_forced=True)
+    examples = PasskeySet(measure, length, KEYS, (5, 5), form, depths=args.depths)
+    maps = passkey.measure(model, [examples], samples=args.samples, batch=1, teacher_forced=True)
     asked = ruler.measure(
-        model, measure, tasks=["multiquery"], lengths=[length], samples=told.queries, needles=QUERIES, form=form,
+        model, measure, tasks=["multiquery"], lengths=[length], samples=args.queries, needles=QUERIES, form=form,
         batch=1, teacher_forced=True,
     )  # fmt: skip
     pairs = recall.measure(
         model, affixes(measure.tokenizer)[0], recall.ordinary(measure.tokenizer), lengths=[length], pairs=[PAIRS],
-        samples=told.queries, batch=1,
+        samples=args.queries, batch=1,
     )  # fmt: skip
     return {
         "depths": [cell["accuracy"] for cell in maps["cells"]],
@@ -63,37 +63,37 @@ def found(told: argparse.Namespace, model: Llama, measure: Measure, length: int)
     }
 
 
-def run(told: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """The work of ``main``."""
-    cases = {"teacher": partial(load_hf, told.teacher, dtype="float32")}
-    for text in told.students:
-        name, _, place = text.partition("=")
-        if not place:
+    cases = {"teacher": partial(load_hf, args.teacher, dtype="float32")}
+    for text in args.students:
+        name, _, directory = text.partition("=")
+        if not directory:
             raise UserError(f"--students {text}: give NAME=DIR")
-        cases[name] = partial(lizard_jax.load, place)
-    document = told.book.read_text(encoding="utf-8").split("<|endoftext|>")[-1]
-    measure = Measure(load_tokenizer(told.teacher), sentences(document))
-    settings = {name: getattr(told, name) for name in ("depths", "samples", "queries")}
-    file = told.table.with_suffix(".json")
+        cases[name] = partial(lizard_jax.load, directory)
+    document = args.book.read_text(encoding="utf-8").split("<|endoftext|>")[-1]
+    measure = Measure(load_tokenizer(args.teacher), sentences(document))
+    settings = {name: getattr(args, name) for name in ("depths", "samples", "queries")}
+    file = args.table.with_suffix(".json")
     old = json.loads(file.read_text()) if file.is_file() else {}
     rows: dict[str, Any] = old["rows"] if old.get("settings") == settings else {}
     for name, load in cases.items():
-        missing = [length for length in told.lengths if str(length) not in rows.get(name, {}).get("found", {})]
+        missing = [length for length in args.lengths if str(length) not in rows.get(name, {}).get("found", {})]
         if not missing:
             continue
         model = load()
         row = rows.setdefault(name, {"found": {}})
-        row["bytes"] = {str(n): budgets.state_bytes(model.config, n) for n in told.lengths}
+        row["bytes"] = {str(n): budgets.state_bytes(model.config, n) for n in args.lengths}
         for length in missing:
-            row["found"][str(length)] = found(told, model, measure, length)
+            row["found"][str(length)] = found(args, model, measure, length)
             print(name, length, json.dumps(row["found"][str(length)]), flush=True)
             write_atomic(file, json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
         jax.clear_caches()  # a model's programs take gigabytes, and the next has its own
-    show(told, rows)
+    show(args, rows)
     return 0
 
 
-def show(told: argparse.Namespace, rows: dict[str, Any]) -> None:
+def show(args: argparse.Namespace, rows: dict[str, Any]) -> None:
     """The table as Markdown, and the heat maps."""
     lengths = sorted(map(int, rows["teacher"]["found"]))
     longest = str(lengths[-1])
@@ -107,7 +107,7 @@ def show(told: argparse.Namespace, rows: dict[str, Any]) -> None:
             for value in (of(row["found"][str(length)]) for length in lengths)
         ]
         lines.append(f"| {name} | {row['bytes'][longest] / 2**20:.1f} | " + " | ".join(numbers) + " |")
-    write_atomic(told.table.with_suffix(".md"), "\n".join(lines) + "\n")
+    write_atomic(args.table.with_suffix(".md"), "\n".join(lines) + "\n")
     print("\n".join(lines))
     figure, axes = plt.subplots(
         1, len(rows), figsize=(1 + 2.6 * len(rows), 3.2), layout="constrained", sharey=True, squeeze=False
@@ -118,11 +118,11 @@ def show(told: argparse.Namespace, rows: dict[str, Any]) -> None:
         for (down, across), value in np.ndenumerate(grid):
             axis.text(across, down, f"{value:.2g}", ha="center", va="center", fontsize="small")
         axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
-        axis.set_yticks(range(told.depths), [f"{100 * (part + 0.5) / told.depths:.0f}%" for part in range(told.depths)])
+        axis.set_yticks(range(args.depths), [f"{100 * (part + 0.5) / args.depths:.0f}%" for part in range(args.depths)])
         axis.set_title(f"{name}\n{row['bytes'][longest] / 2**20:.1f} MiB at {lengths[-1]:,}", fontsize="small")
         axis.set_xlabel("tokens")
     axes[0][0].set_ylabel("depth of the passkey")
-    figure.savefig(told.table.with_suffix(".png"), dpi=110)
+    figure.savefig(args.table.with_suffix(".png"), dpi=110)
     plt.close(figure)
 
 
@@ -137,8 +137,8 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=2, help="passkeys of a length and depth (default %(default)s)")
     parser.add_argument("--queries", type=int, default=4, help="texts of the other two (default %(default)s)")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "retrieval", help="the table, less suffix")
-    told = parser.parse_args()
-    return ended(lambda: run(told), interrupted="interrupted; what was found is kept")
+    args = parser.parse_args()
+    return ended(lambda: run(args), interrupted="interrupted; what was found is kept")
 
 
 if __name__ == "__main__":

@@ -48,18 +48,18 @@ BATCH = 20
 CHUNKS = (7, 64)
 
 
-def draw_prompts(model: Llama, told: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
+def draw_prompts(model: Llama, args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
     """Prompts of 1 to ``--longest`` tokens, from anywhere in the text, or of random tokens."""
-    rng = np.random.default_rng(told.seed)
-    lengths = rng.integers(1, told.longest + 1, told.prompts)
+    rng = np.random.default_rng(args.seed)
+    lengths = rng.integers(1, args.longest + 1, args.prompts)
     vocabulary = model.config.vocab_size
-    if told.data is None:
+    if args.data is None:
         return [rng.integers(0, vocabulary, n).tolist() for n in lengths]
-    documents = texts.read(told.data, tokenizer, vocab_size=vocabulary, separator=told.separator)
+    documents = texts.read(args.data, tokenizer, vocab_size=vocabulary, separator=args.separator)
     stream = np.concatenate([document.ids for document in itertools.islice(documents, 2000)])
-    if len(stream) <= told.longest:
-        raise UserError(f"{told.data} holds {len(stream)} tokens, too few for prompts of {told.longest}")
-    starts = rng.integers(0, len(stream) - told.longest, told.prompts)
+    if len(stream) <= args.longest:
+        raise UserError(f"{args.data} holds {len(stream)} tokens, too few for prompts of {args.longest}")
+    starts = rng.integers(0, len(stream) - args.longest, args.prompts)
     return [stream[at : at + n].tolist() for at, n in zip(starts, lengths, strict=True)]
 
 
@@ -121,12 +121,12 @@ def ways(model: Llama, tokenizer: Any, new: int, folder: Path) -> dict[str, Call
     return {"alone": alone, f"in batches of {BATCH}": batches} | chunked | {"saved and loaded half-way": saved}
 
 
-def measure(model: Llama, tokenizer: Any, told: argparse.Namespace) -> dict[str, Any]:
+def measure(model: Llama, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
     """For every way: how many texts are identical, near-ties and different, and where the near-ties are."""
-    prompts = draw_prompts(model, told, tokenizer)
+    prompts = draw_prompts(model, args, tokenizer)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        found = ways(model, tokenizer, told.new_tokens, Path(folder))
+        found = ways(model, tokenizer, args.new_tokens, Path(folder))
         expected = found.pop("alone")(prompts)
         for name, way in found.items():
             row: dict[str, Any] = {"way": name, "identical": 0, "near_ties": [], "different": []}
@@ -134,9 +134,9 @@ def measure(model: Llama, tokenizer: Any, told: argparse.Namespace) -> dict[str,
                 if one == other:
                     row["identical"] += 1
                     continue
-                at, apart = gap(model, prompt, one, other, told.longest + told.new_tokens)
+                at, apart = gap(model, prompt, one, other, args.longest + args.new_tokens)
                 place = {"prompt": number, "token": at, "logits_apart": apart}
-                row["near_ties" if apart < told.tie else "different"].append(place)
+                row["near_ties" if apart < args.tie else "different"].append(place)
             rows.append(row)
     tokens = sum(map(len, expected))
     return {"prompts": len(prompts), "longest": max(map(len, prompts)), "tokens_written": tokens, "ways": rows}
@@ -153,13 +153,13 @@ def main() -> int:
     parser.add_argument("--tie", type=float, default=1e-5, help="logits nearer than this are a tie (default 1e-5)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default %(default)s)")
     parser.add_argument("--out", type=Path, default=HERE / "same_text.json", help="results (default %(default)s)")
-    told = parser.parse_args()
+    args = parser.parse_args()
     try:
         for name, least in (("prompts", 1), ("longest", 1), ("new_tokens", 2)):
-            if getattr(told, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(told, name)}, must be at least {least}")
-        model = lizard_jax.load(told.checkpoint, dtype="float32")
-        result = measure(model, text_tokenizer(model.source), told)
+            if getattr(args, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be at least {least}")
+        model = lizard_jax.load(args.checkpoint, dtype="float32")
+        result = measure(model, text_tokenizer(model.source), args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -178,12 +178,12 @@ def main() -> int:
                 )
     linear = model.config.attention is not None
     entry = {"model": "student" if linear else "teacher", "cores": os.cpu_count()} | result
-    entry |= {"seed": told.seed, "tie": told.tie, "new_tokens": told.new_tokens, "versions": versions()}
-    entry["checkpoint"] = Path(told.checkpoint).name
-    known = json.loads(told.out.read_text()) if told.out.is_file() else []
+    entry |= {"seed": args.seed, "tie": args.tie, "new_tokens": args.new_tokens, "versions": versions()}
+    entry["checkpoint"] = Path(args.checkpoint).name
+    known = json.loads(args.out.read_text()) if args.out.is_file() else []
     same = (entry["model"], entry["checkpoint"])
     kept = [other for other in known if (other["model"], other["checkpoint"]) != same]
-    write_atomic(told.out, json.dumps([*kept, entry], indent=2) + "\n")
+    write_atomic(args.out, json.dumps([*kept, entry], indent=2) + "\n")
     return int(any(row["different"] for row in result["ways"]))
 
 

@@ -99,13 +99,13 @@ def export(file: Path, target: Path) -> None:
     Raises:
         UserError: it exists and is not empty, it cannot be written, or the result fails its check.
     """
-    with appearing(target, size=300_000_000) as place:
+    with appearing(target, size=300_000_000) as staged:
         model, tokenizer = model_of(file), tokenizer_of(file)
-        model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
         licence = next(file.parent.parent.glob(f"{PACKAGE}-*.dist-info/**/LICENSE*"), None)
         if licence is not None:
-            shutil.copyfile(licence, place / "LICENSE")
+            shutil.copyfile(licence, staged / "LICENSE")
         check(model, tokenizer)
 
 
@@ -113,18 +113,18 @@ def main() -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path, metavar="DIR", help="directory to write; it must not exist or be empty")
-    told = parser.parse_args()
+    args = parser.parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        refuse_existing(told.target)
+        refuse_existing(args.target)
         file = gguf_file()
         print(f"reading {file.name}: about a minute …", file=sys.stderr)
-        export(file, told.target)
+        export(file, args.target)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"SmolLM2-135M-Instruct written to {told.target}")
+    print(f"SmolLM2-135M-Instruct written to {args.target}")
     return 0
 
 

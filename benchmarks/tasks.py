@@ -41,31 +41,31 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {name} | " + " | ".join(f"{found[task][column]:.1f}" for task, column in columns) + " |")
     for name, found in rows.items():
         for question, answer in found.get("answers", {}).items():
-            told = "\n".join(f"> {line}" for line in answer.strip().splitlines())
-            lines += ["", f"**{name}**: {question}", "", told]
+            quoted = "\n".join(f"> {line}" for line in answer.strip().splitlines())
+            lines += ["", f"**{name}**: {question}", "", quoted]
     return "\n".join(lines) + "\n"
 
 
-def run(told: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """The work of ``main``."""
-    if not tasks(told):
+    if not tasks(args):
         raise UserError("nothing to ask; give --hellaswag, --book or --ask")
-    cases = {"teacher": functools.partial(load_hf, told.teacher, dtype="float32")}
-    for text in told.students:
-        name, _, place = text.partition("=")
-        if not place:
+    cases = {"teacher": functools.partial(load_hf, args.teacher, dtype="float32")}
+    for text in args.students:
+        name, _, directory = text.partition("=")
+        if not directory:
             raise UserError(f"--students {text}: give NAME=DIR")
-        cases[name] = functools.partial(lizard_jax.load, place)
-    told.out.mkdir(parents=True, exist_ok=True)
+        cases[name] = functools.partial(lizard_jax.load, directory)
+    args.out.mkdir(parents=True, exist_ok=True)
     rows = {}
     for name, load in cases.items():
         ready: functools.partial[Llama] | Any = functools.cache(load)
-        rows[name] = done(told, ready, told.out / name)
+        rows[name] = done(args, ready, args.out / name)
         print(name, json.dumps({task: found for task, found in rows[name].items() if task != "answers"}), flush=True)
         jax.clear_caches()  # a model's programs take gigabytes, and the next has its own
-    settings = {name: getattr(told, name) for name in ("questions", "lengths", "samples")}
-    write_atomic(told.table.with_suffix(".json"), json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
-    write_atomic(told.table.with_suffix(".md"), table(rows))
+    settings = {name: getattr(args, name) for name in ("questions", "lengths", "samples")}
+    write_atomic(args.table.with_suffix(".json"), json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    write_atomic(args.table.with_suffix(".md"), table(rows))
     print(table(rows))
     return 0
 
@@ -83,8 +83,8 @@ def main() -> int:
     parser.add_argument("--ask", action="store_true", help="write down some answers of each")
     parser.add_argument("--out", type=Path, default=Path("runs/tasks"), help="what was found (default %(default)s)")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "tasks", help="the table, less suffix")
-    told = parser.parse_args()
-    return ended(lambda: run(told), interrupted="interrupted; what was found is kept")
+    args = parser.parse_args()
+    return ended(lambda: run(args), interrupted="interrupted; what was found is kept")
 
 
 if __name__ == "__main__":

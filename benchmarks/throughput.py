@@ -76,15 +76,15 @@ class Program:
     memory: float
 
 
-def settled(recipe: str, stage: int, kind: str, told: argparse.Namespace) -> tuple[RunConfig, ModelConfig]:
+def settled(recipe: str, stage: int, kind: str, args: argparse.Namespace) -> tuple[RunConfig, ModelConfig]:
     """The run, and the model's shape with its attention."""
     config = load_recipe(recipe, stage)
-    data = dataclasses.replace(config.data, batch_size=told.batch, sequence_length=told.length)
-    config = dataclasses.replace(config, data=data, remat=told.remat)
+    data = dataclasses.replace(config.data, batch_size=args.batch, sequence_length=args.length)
+    config = dataclasses.replace(config, data=data, remat=args.remat)
     if kind != "recipe":
         config = dataclasses.replace(config, attention=LizardConfig(), heads="", state_bytes="")
     shape = likely(config, shape_of(config))
-    return config, shallow(shape, min(told.layers or shape.num_layers, shape.num_layers))
+    return config, shallow(shape, min(args.layers or shape.num_layers, shape.num_layers))
 
 
 def built(name: str, config: RunConfig, shape: ModelConfig) -> Program:
@@ -103,9 +103,9 @@ def built(name: str, config: RunConfig, shape: ModelConfig) -> Program:
     traced = time.perf_counter()
     compiled = lowered.compile()
     seconds = traced - began, time.perf_counter() - traced
-    text, held = compiled.as_text() or "", compiled.memory_analysis()
+    text, memory = compiled.as_text() or "", compiled.memory_analysis()
     return Program(
-        name, config, shape, state, compiled, seconds, held.temp_size_in_bytes if held else 0, moved(text, 1).memory
+        name, config, shape, state, compiled, seconds, memory.temp_size_in_bytes if memory else 0, moved(text, 1).memory
     )
 
 
@@ -163,9 +163,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def run(told: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """The work of ``main``."""
-    wanted = [(stage, kind) for stage in told.stages for kind in told.kinds]
+    wanted = [(stage, kind) for stage in args.stages for kind in args.kinds]
     rows: list[dict[str, Any]] = []
     with (
         tqdm(total=2 * len(wanted), unit="program", disable=None) as bar,
@@ -173,7 +173,7 @@ def run(told: argparse.Namespace) -> int:
     ):
 
         def make(stage: int, kind: str) -> Program:
-            one = built(f"{stage}, {kind}", *settled(told.recipe, stage, kind, told))
+            one = built(f"{stage}, {kind}", *settled(args.recipe, stage, kind, args))
             say(f"{one.name}: traced in {one.seconds[0]:.0f} s, compiled in {one.seconds[1]:.0f}")
             bar.update()
             return one
@@ -183,19 +183,19 @@ def run(told: argparse.Namespace) -> int:
         while made:
             one = made.pop(0).result()
             try:
-                rows.append(row(one, timed(one, told.steps)))
+                rows.append(row(one, timed(one, args.steps)))
                 say(f"{one.name}: {1e3 * rows[-1]['seconds']:.1f} ms a step")
             except jax.errors.JaxRuntimeError as error:
                 print(f"{one.name}: {str(error).splitlines()[0]}", file=sys.stderr)
             del one
             bar.update()
     device = jax.devices()[0].device_kind
-    title = f"`{told.recipe}`, {told.layers or 'all'} layers, {told.batch} x {told.length:,} tokens a step, {device}"
-    record = {"device": device, "versions": versions(), **vars(told), "rows": rows}
-    record["table"] = str(told.table.name)
-    write_atomic(told.table.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+    title = f"`{args.recipe}`, {args.layers or 'all'} layers, {args.batch} x {args.length:,} tokens a step, {device}"
+    record = {"device": device, "versions": versions(), **vars(args), "rows": rows}
+    record["table"] = str(args.table.name)
+    write_atomic(args.table.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     text = f"{title}\n\n{table(rows)}\n"
-    write_atomic(told.table.with_suffix(".md"), text)
+    write_atomic(args.table.with_suffix(".md"), text)
     print(text)
     return int(len(rows) < len(wanted))
 
@@ -214,8 +214,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed (default %(default)s)")
     parser.add_argument("--remat", action="store_true", help="recompute blocks in stage 2's backward pass")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "throughput", help="less suffix")
-    told = parser.parse_args()
-    return ended(lambda: run(told), interrupted="interrupted")
+    args = parser.parse_args()
+    return ended(lambda: run(args), interrupted="interrupted")
 
 
 if __name__ == "__main__":

@@ -164,8 +164,8 @@ def of_window(problem: WindowProblem) -> Subject:
     segments = jnp.ones((p.B, p.T), jnp.int32), jnp.ones((p.B, p.W + p.T), jnp.int32)
 
     def attend(q, k, v, sink):
-        told = {"rope_frequencies": frequencies, "sink": sink, "implementation": "triton"}
-        return sliding_window(q, k, v, *segments, window=p.W, **told)[0]
+        options = {"rope_frequencies": frequencies, "sink": sink, "implementation": "triton"}
+        return sliding_window(q, k, v, *segments, window=p.W, **options)[0]
 
     def groups(*kernels: str) -> list[Group]:
         found: list[Group] = []
@@ -345,10 +345,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = ["| problem | chip | forward, ms | of the rules' | both passes, ms | of the rules' |"]
     lines.append("|---|---|---|---|---|---|")
     for name, row in rows.items():
-        told = [name, row["chip"]]
+        cells = [name, row["chip"]]
         for which in ("forward", "both"):
-            told += [f"{row[f'{which}_ms']:.3f}", f"{row[f'{which}_ms'] / row[f'ruled_{which}_ms']:.2f}"]
-        lines.append("| " + " | ".join(map(str, told)) + " |")
+            cells += [f"{row[f'{which}_ms']:.3f}", f"{row[f'{which}_ms'] / row[f'ruled_{which}_ms']:.2f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 

@@ -216,10 +216,10 @@ def planned(argv: Sequence[str] | None = None) -> tuple[str, float | None, tuple
     """
     parser = _Parser(add_help=False)
     _add_plan(parser)
-    told, _ = parser.parse_known_args(argv)
-    if told.plan is None and (told.price is not None or told.plan_layers):
+    args, _ = parser.parse_known_args(argv)
+    if args.plan is None and (args.price is not None or args.plan_layers):
         parser.error("--price and --plan-layers belong to --plan")
-    return None if told.plan is None else (told.plan, told.price, told.plan_layers or ())
+    return None if args.plan is None else (args.plan, args.price, args.plan_layers or ())
 
 
 def _add_plan(parser: Any) -> None:

@@ -17,13 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def over(told: argparse.Namespace) -> Iterator[None]:
+def over(args: argparse.Namespace) -> Iterator[None]:
     """Inside, ``partition.mesh()`` is the mesh that a command's flags ask for, and kernels run on it.
 
     Raises:
         UserError: an axis below one, or more devices than there are.
     """
-    sizes = told.mesh_data, told.mesh_fsdp, told.mesh_tensor
+    sizes = args.mesh_data, args.mesh_fsdp, args.mesh_tensor
     if sizes == (1, 1, 1):
         yield
         return

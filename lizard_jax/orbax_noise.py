@@ -35,10 +35,10 @@ def failing_quietly() -> Iterator[None]:
 
 
 def _without_echoes(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def tell(told: Any) -> None:
+    def tell(event: Any) -> None:
         # What a coroutine raises while it is thrown away with its loop is as good as "loop is closed".
-        thrown_away = inspect.iscoroutine(getattr(told, "object", None))
-        if not thrown_away and "loop is closed" not in str(told.exc_value) and not disk_full(told.exc_value):
-            hook(told)
+        thrown_away = inspect.iscoroutine(getattr(event, "object", None))
+        if not thrown_away and "loop is closed" not in str(event.exc_value) and not disk_full(event.exc_value):
+            hook(event)
 
     return tell

@@ -51,7 +51,7 @@ def _failed(line: str, code: int) -> int:
 def _silence() -> None:
     """What is left in stdout's buffer cannot be written either, and Python would say so once more at its end."""
     try:
-        place = sys.stdout.fileno()
+        descriptor = sys.stdout.fileno()
     except (OSError, ValueError):
         return  # no file: a test's stand-in
-    os.dup2(os.open(os.devnull, os.O_WRONLY), place)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

@@ -75,14 +75,14 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
         UserError: more than one -1, a size below one, or a product that is not the number of devices.
     """
     sizes = [config.data, config.fsdp, config.tensor]
-    told = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    named = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh {told}: each axis is a positive number, and at most one is -1")
+        raise UserError(f"mesh {named}: each axis is a positive number, and at most one is -1")
     known = int(np.prod([size for size in sizes if size != -1]))
     if -1 in sizes and devices % known == 0:
         sizes[sizes.index(-1)] = devices // known
     if int(np.prod(sizes)) != devices:
-        raise UserError(f"mesh {told} does not cover the {devices} devices here; their product must be {devices}")
+        raise UserError(f"mesh {named} does not cover the {devices} devices here; their product must be {devices}")
     return sizes[0], sizes[1], sizes[2]
 
 

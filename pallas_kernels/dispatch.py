@@ -33,17 +33,17 @@ def choose(op: Op, problem: Problem, name: str | None) -> Any:
     Raises:
         ValueError: an unknown name, or an implementation that cannot compute this problem here.
     """
-    place = target.current()
+    device = target.current()
     if name is None:
-        for kernel in KERNELS.get(place.platform, ()) if problem.kernels_pay else ():
+        for kernel in KERNELS.get(device.platform, ()) if problem.kernels_pay else ():
             chosen = load(op, kernel)
-            if chosen.cannot_run(problem, place) is None:
+            if chosen.cannot_run(problem, device) is None:
                 return chosen
         return load(op, "xla")
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {name!r} of {op}; choose from {', '.join(IMPLEMENTATIONS)}")
     chosen = load(op, name)
-    reason = chosen.cannot_run(problem, place)
+    reason = chosen.cannot_run(problem, device)
     if reason is not None:
         raise ValueError(f"{op} cannot run {name}: {reason}")
     return chosen

@@ -29,7 +29,7 @@ class Limits:
     packages: tuple[str, ...] = ()
 
     def refusal(
-        self, place: Target, dtype: jnp.dtype, *, vector_gates: bool = False, **sizes: int | None
+        self, device: Target, dtype: jnp.dtype, *, vector_gates: bool = False, **sizes: int | None
     ) -> str | None:
         """Why a problem cannot run on a target, in one line; None where it can as far as this knows.
 
@@ -37,9 +37,9 @@ class Limits:
             vector_gates: gates are of one value per feature.
             sizes: of axes that must be multiples of 16, by letter; None for one that is not there.
         """
-        if place.platform != self.platform:
-            return f"{self.name} runs on {_PLATFORMS[self.platform]}; this process has {place.platform}"
-        if (unfit := unfit_gpu(place)) is not None:
+        if device.platform != self.platform:
+            return f"{self.name} runs on {_PLATFORMS[self.platform]}; this process has {device.platform}"
+        if (unfit := unfit_gpu(device)) is not None:
             return f"{self.name}: {unfit}"
         if missing := [module for module in self.packages if importlib.util.find_spec(module) is None]:
             return f"{self.name} needs {' and '.join(missing)}, which this environment lacks"

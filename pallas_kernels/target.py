@@ -30,11 +30,11 @@ class Target:
     processors: int | None = None
 
 
-def unfit_gpu(place: Target) -> str | None:
+def unfit_gpu(device: Target) -> str | None:
     """Why the GPU kernels' tiles do not fit a chip, in one line; None where they do, or where it is not known."""
-    if place.interpret or place.platform != "gpu" or place.chip is None or place.chip in GPUS:
+    if device.interpret or device.platform != "gpu" or device.chip is None or device.chip in GPUS:
         return None
-    return f"its tiles are for {', '.join(GPUS)}; this is {place.chip}"
+    return f"its tiles are for {', '.join(GPUS)}; this is {device.chip}"
 
 
 _override: contextvars.ContextVar[Target | None] = contextvars.ContextVar("kernel_target", default=None)

@@ -12,7 +12,7 @@ from typing import Any
 
 TABLE = Path(__file__).with_name("tuned.json")
 
-_told: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("tiles", default=None)
+_forced: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("tiles", default=None)
 
 
 def rows(table: Path) -> list[dict[str, Any]]:
@@ -29,16 +29,16 @@ def choice(key: dict[str, Any] | None) -> dict[str, Any] | None:
     Args:
         key: op, chip and sizes; None for a problem that no row may be for.
     """
-    if (told := _told.get()) is not None or key is None:
-        return told
+    if (forced := _forced.get()) is not None or key is None:
+        return forced
     return next((row["choice"] for row in _rows(TABLE) if key.items() <= row.items()), None)
 
 
 @contextlib.contextmanager
 def using(choice: dict[str, Any]) -> Iterator[None]:
     """Build what is traced inside by these tiles; jit does not see the difference, so trace a function anew."""
-    token = _told.set(choice)
+    token = _forced.set(choice)
     try:
         yield
     finally:
-        _told.reset(token)
+        _forced.reset(token)

@@ -51,9 +51,9 @@ def test_a_report_of_no_results_is_refused_in_one_line(content, tmp_path, monkey
     if content is not None:
         (tmp_path / "result.json").write_text(content)
     assert call(monkeypatch, report, tmp_path, "--out", tmp_path / "report.html") == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
     assert not (tmp_path / "report.html").exists()
 
 

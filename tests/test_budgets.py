@@ -185,11 +185,11 @@ def test_the_command_measures_scores_and_writes_what_linearize_reads(tmp_path, c
     assert all(row["loss"] > 0 for row in result["rows"])
     assert (out / "budgets.png").read_bytes().startswith(b"\x89PNG")
 
-    told = convert.linearize(
+    summary = convert.linearize(
         str(teacher_path()), str(student), preset="lizard", window=16, data="embedded", length=80, memory="none",
         state_bytes="32tokens", curves=str(out / "budgets.json"),
     )  # fmt: skip
-    assert told.startswith("state: ")
+    assert summary.startswith("state: ")
     assert list(load_hf(student).config.attention.budgets) == result["rows"][1]["budgets"]
     with pytest.raises(UserError, match="leave out --kept"):
         convert.linearize(

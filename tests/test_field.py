@@ -97,9 +97,9 @@ def test_no_text_is_made_of_logits_that_are_not_finite(tmp_path, where, capsys):
     tensors[where] = np.full_like(tensors[where], np.nan)
     save_file(tensors, place / "model.safetensors")
     assert main([str(place), "--prompt", "a", "--max-new-tokens", "4"]) == 2
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     named = {"lm_head.weight": "lm_head/kernel", "model.layers.0.mlp.up_proj.weight": "layers/0/mlp/up_proj/kernel"}
-    assert f"its parameter {named[where]} holds NaN or infinity" in told
+    assert f"its parameter {named[where]} holds NaN or infinity" in message
     # Parameters that are finite each, and overflow together.
     sound = scripted(tmp_path / "sound")
     tensors = load_file(sound / "model.safetensors")
@@ -158,9 +158,9 @@ def test_a_damaged_generation_config_is_one_line(tmp_path, content, capsys):
     place = scripted(tmp_path / "model")
     (place / "generation_config.json").write_bytes(content)
     assert main([str(place), "--prompt", "a"]) == 2
-    told = capsys.readouterr().err
-    assert "generation_config.json" in told
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert "generation_config.json" in message
+    assert message.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -216,9 +216,9 @@ def test_settings_of_other_decoders_are_refused(tmp_path, setting, value):
 )
 def test_config_json_is_not_believed_as_typed(tmp_path, setting, value, words):
     place = scripted(tmp_path / "model", **{setting: value})
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         load_hf(place)
-    assert f"config.json has {words}" in str(told.value)
+    assert f"config.json has {words}" in str(caught.value)
 
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
@@ -241,9 +241,9 @@ def test_an_adapter_that_is_more_than_lora_is_refused(tmp_path, setting, words):
     place = scripted(tmp_path / "model")
     (place / "adapter").mkdir()
     (place / "adapter" / "adapter_config.json").write_text(json.dumps(PLAIN | setting))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         load_hf(place)
-    assert words in str(told.value)
+    assert words in str(caught.value)
 
 
 def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
@@ -310,9 +310,9 @@ def test_a_missing_prefix_is_not_a_list_of_every_tensor(tmp_path):
     place = scripted(tmp_path / "model")
     tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(place / "model.safetensors").items()}
     save_file(tensors, place / "model.safetensors")
-    with pytest.raises(UserError, match="and 3 more") as told:
+    with pytest.raises(UserError, match="and 3 more") as caught:
         load_hf(place)
-    assert len(str(told.value)) < 900
+    assert len(str(caught.value)) < 900
 
 
 @pytest.mark.parametrize(
@@ -512,10 +512,10 @@ def test_absurd_numbers_are_one_line_before_anything_is_made(flag, words, tmp_pa
         code = train(["--stage=1", f"--out={tmp_path / 'run'}", flag])
     except SystemExit as stopped:
         code = stopped.code
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert code == 2
-    assert told.count("\n") == 1
-    assert re.search(words, told), told
+    assert message.count("\n") == 1
+    assert re.search(words, message), message
     assert not (tmp_path / "run").exists()
 
 
@@ -531,9 +531,9 @@ def test_a_teacher_that_is_not_finite_is_named_and_not_the_learning_rate(tmp_pat
     line = "--stage=1 --sequence-length=32 --window=8 --chunk=8 --steps=2 --held-out=0.1 --held-out-tokens=64"
     argv = [*line.split(), f"--teacher={place}", f"--data={text}", f"--out={tmp_path / 'run'}"]
     assert train(argv) == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert "for the teacher's layers/0/mlp/down_proj/kernel holds NaN or infinity; its weights are damaged" in told
-    assert "learning-rate" not in told
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "for the teacher's layers/0/mlp/down_proj/kernel holds NaN or infinity; its weights are damaged" in message
+    assert "learning-rate" not in message
 
 
 @pytest.mark.parametrize("command", ["perplexity", "passkey"])
@@ -547,8 +547,8 @@ def test_an_evaluation_names_what_is_not_finite(tmp_path, capsys, command):
     (tmp_path / "text.txt").write_text("abc " * 60)
     more = {"perplexity": ["--data", str(tmp_path / "text.txt")], "passkey": ["--lengths", "1024", "--samples", "1"]}
     assert evaluate([command, str(place), *more[command], "--out", str(tmp_path / "out")]) == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.endswith("is damaged: its parameter layers/0/mlp/down_proj/kernel holds NaN or infinity")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.endswith("is damaged: its parameter layers/0/mlp/down_proj/kernel holds NaN or infinity")
     assert not (tmp_path / "out" / "result.json").exists()
 
 

@@ -30,8 +30,8 @@ def test_help_of_a_command(name, monkeypatch, capsys):
 @pytest.mark.parametrize("argv", [(), ("--help",)])
 def test_help(argv, monkeypatch, capsys):
     assert call(monkeypatch, *argv) == 0
-    told = capsys.readouterr().out
-    assert all(f"\n  {name}" in told for name in lizard.COMMANDS)
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name}" in printed for name in lizard.COMMANDS)
 
 
 def test_errors(monkeypatch, capsys):

@@ -257,11 +257,11 @@ def _assembled(ptx: str, dynamic: dict[str, int]) -> dict[str, Kernel]:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx.rstrip("\0"))
         command = [_ptxas(), "-v", f"-arch={architecture}", str(source), "-o", os.devnull]
-        told = subprocess.run(command, capture_output=True, text=True, check=False)
-    if told.returncode:
-        raise CannotCompile(f"ptxas: {told.stderr.strip().splitlines()[0]}")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CannotCompile(f"ptxas: {done.stderr.strip().splitlines()[0]}")
     kernels = {}
-    for part in told.stderr.split("Compiling entry function ")[1:]:
+    for part in done.stderr.split("Compiling entry function ")[1:]:
         name = part.split("'")[1]
         if name in dynamic:
             static = re.search(r"(\d+) bytes smem", part)
@@ -287,10 +287,10 @@ def _bytes_moved(hlo: str) -> tuple[int, int]:
 
     sizes, moved, compulsory = {}, 0, 0
     for line in hlo[hlo.index("\nENTRY ") :].splitlines()[2:]:
-        told = re.match(r"\s*(ROOT )?%?(\S+) = (.*?) ([a-z-]+)\((.*?)\)(?:,|$)", re.sub(r"/\*.*?\*/", "", line))
-        if told is None:
+        match = re.match(r"\s*(ROOT )?%?(\S+) = (.*?) ([a-z-]+)\((.*?)\)(?:,|$)", re.sub(r"/\*.*?\*/", "", line))
+        if match is None:
             continue
-        root, name, kind, operation, operands = told.groups()
+        root, name, kind, operation, operands = match.groups()
         sizes[name] = size(kind)
         if operation not in _FREE:
             moved += sizes[name] + sum(sizes.get(operand, 0) for operand in re.findall(r"%([^\s,]+)", operands))

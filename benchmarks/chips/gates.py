@@ -151,21 +151,21 @@ def _log_gate(gate: Gate) -> tuple[Callable, tuple]:
     """All that the op takes and gives: key scales, a state to start from, log normalizer and final state."""
     assert gate.F is not None
     act, B = gate.act, gate.B
-    told = {"return_log_normalizer": True, "return_final_state": True, "implementation": gate.implementation}
+    flags = {"return_log_normalizer": True, "return_final_state": True, "implementation": gate.implementation}
     scalars = _array(B, T, K, dtype=jnp.float32), _array(B, T, K, dtype=jnp.float32), _state(B, gate.F)
     v = _array(B, T, K * H)
     if act is None:
 
         def attend(q, k, v, g, c, state):
             heads = _heads(q, N), _heads(k, K), _heads(v, K)
-            return _side_by_side(*log_gate_attention(*heads, g, k_log_scale=c, initial_state=state, **told))
+            return _side_by_side(*log_gate_attention(*heads, g, k_log_scale=c, initial_state=state, **flags))
 
         return attend, (_array(B, T, N * gate.F), _array(B, T, K * gate.F), v, *scalars)
 
     def attend_mapped(q, k, v, g, c, state, q_map, k_map):
         heads, maps = (_heads(q, N), _heads(k, K), _heads(v, K)), {"q_map": q_map, "k_map": k_map}
         return _side_by_side(
-            *mapped_log_gate_attention(*heads, g, **maps, act=act, k_log_scale=c, initial_state=state, **told)
+            *mapped_log_gate_attention(*heads, g, **maps, act=act, k_log_scale=c, initial_state=state, **flags)
         )
 
     maps = (_array(heads, H, gate.F // 2, dtype=jnp.float32) for heads in (N, K))

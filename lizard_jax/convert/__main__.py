@@ -189,16 +189,16 @@ def linearize(
     return "\n".join([*said, *([start.summary()] if start else []), _state(model), _summary(model, dst)])
 
 
-def untrained(told: argparse.Namespace) -> argparse.Namespace:
+def untrained(args: argparse.Namespace) -> argparse.Namespace:
     """What the command line left open of ``linearize``: the best that is known without training (docs/recipe.md)."""
-    ours = told.preset == "lizard"
-    if told.memory is None and ours and told.feature_half is None:
-        told.memory = "none"
-    if told.state_bytes is None:
-        told.state_bytes = "1024tokens" if ours and told.kept is None and told.memory != "all" else ""
-    if told.heads is None:
-        told.heads = "auto:10%" if ours and told.state_bytes else ""
-    return told
+    ours = args.preset == "lizard"
+    if args.memory is None and ours and args.feature_half is None:
+        args.memory = "none"
+    if args.state_bytes is None:
+        args.state_bytes = "1024tokens" if ours and args.kept is None and args.memory != "all" else ""
+    if args.heads is None:
+        args.heads = "auto:10%" if ours and args.state_bytes else ""
+    return args
 
 
 def _state(model: "Llama") -> str:
@@ -249,24 +249,24 @@ def main() -> int:
 
 
 def _main() -> int:
-    told = arguments().parse_args()
-    if told.command == "linearize":
-        told = untrained(told)
+    args = arguments().parse_args()
+    if args.command == "linearize":
+        args = untrained(args)
         print(
             linearize(
-                told.src, told.dst, preset=told.preset, window=told.window, data=told.data,
-                length=told.sequence_length, memory=told.memory, heads=told.heads,
-                retrieval_window=told.retrieval_window, kept=told.kept or 0, feature_half=told.feature_half or 0,
-                state_bytes=told.state_bytes, curves=told.curves,
+                args.src, args.dst, preset=args.preset, window=args.window, data=args.data,
+                length=args.sequence_length, memory=args.memory, heads=args.heads,
+                retrieval_window=args.retrieval_window, kept=args.kept or 0, feature_half=args.feature_half or 0,
+                state_bytes=args.state_bytes, curves=args.curves,
             )
         )  # fmt: skip
         return 0
     # Conversion computes nothing: the accelerator's memory is left to others.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    if told.command == "hf2flax":
-        print(hf2flax(told.src, told.dst))
+    if args.command == "hf2flax":
+        print(hf2flax(args.src, args.dst))
     else:
-        print(flax2hf(told.src, told.dst, adapter=told.adapter, teacher=told.teacher))
+        print(flax2hf(args.src, args.dst, adapter=args.adapter, teacher=args.teacher))
     return 0
 
 

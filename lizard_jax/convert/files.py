@@ -115,9 +115,9 @@ def carry(source: Path, target: Path) -> None:
             if file.is_file():
                 if not (real := file.resolve()).is_relative_to(home):
                     raise UserError(f"{file} is a link to {real}, outside the checkpoint; copy that file there")
-                place = target / file.relative_to(source)
-                place.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, place)
+                copied = target / file.relative_to(source)
+                copied.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copied)
 
 
 @contextmanager

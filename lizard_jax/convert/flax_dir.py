@@ -86,10 +86,12 @@ def load_flax(src: str | Path, *, mesh: Mesh | None = None) -> Llama:
         lora = LoraConfig(**{**lora, "targets": tuple(lora["targets"])})
     model = skeleton(model_config(raw, attention=attention), lora)
     wanted = parameters(model)
-    held = {path: tuple(shape) for path, (_, shape) in manifest["parameters"].items()}
-    if held != {path: variable.shape for path, variable in wanted.items()}:
+    stored = {path: tuple(shape) for path, (_, shape) in manifest["parameters"].items()}
+    if stored != {path: variable.shape for path, variable in wanted.items()}:
         odd = sorted(
-            path for path in held.keys() | wanted.keys() if path not in wanted or held.get(path) != wanted[path].shape
+            path
+            for path in stored.keys() | wanted.keys()
+            if path not in wanted or stored.get(path) != wanted[path].shape
         )
         raise UserError(f"{directory}: {MANIFEST} and config.json disagree about {', '.join(odd)}")
 

@@ -174,80 +174,82 @@ def _check_types(raw: dict[str, Any]) -> None:
         _Types.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][:1])
-        raise UserError(f"config.json has {place}={str(raw.get(place))[:40]}: {first['msg'].lower()}") from None
+        key = ".".join(str(part) for part in first["loc"][:1])
+        raise UserError(f"config.json has {key}={str(raw.get(key))[:40]}: {first['msg'].lower()}") from None
 
 
 def _rope(raw: dict[str, Any], max_positions: int, width: int) -> RopeConfig:
     # As transformers chooses: what somebody added as rope_scaling takes the place of rope_parameters.
-    told = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    kind = told.get("rope_type") or told.get("type") or "default"
-    if not isinstance(kind, str) or kind not in ROPE_KINDS or any(isinstance(value, dict) for value in told.values()):
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    nested = any(isinstance(value, dict) for value in scaling.values())
+    if not isinstance(kind, str) or kind not in ROPE_KINDS or nested:
         raise UserError(f"rope type {kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
-    partial = told.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise UserError(f"partial_rotary_factor {partial} is not supported; every feature must be rotated")
     needed = {
         "linear": ["factor"], "dynamic": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
         "yarn": ["factor"],
     }  # fmt: skip
-    missing = [key for key in needed.get(kind, []) if not isinstance(told.get(key), int | float)]
+    missing = [key for key in needed.get(kind, []) if not isinstance(scaling.get(key), int | float)]
     if missing:
         raise UserError(f"rope type {kind!r} lacks {', '.join(missing)} in config.json")
     numbers = (
         "factor", "rope_theta", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
         "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
     )  # fmt: skip
-    odd = [f"{key}={told[key]!r}" for key in numbers if told.get(key) is not None and not _is_positive(told[key])]
+    given = {key: scaling[key] for key in numbers if scaling.get(key) is not None}
+    odd = [f"{key}={value!r}" for key, value in given.items() if not _is_positive(value)]
     if odd:
         raise UserError(f"config.json has {', '.join(odd)} for RoPE; a positive number is needed")
-    rope = RopeConfig(theta=float(told.get("rope_theta") or raw.get("rope_theta") or 10000.0), kind=kind)
+    rope = RopeConfig(theta=float(scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0), kind=kind)
     if kind == "default":
         return rope
-    original = raw.get("original_max_position_embeddings") or told.get("original_max_position_embeddings")
+    original = raw.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
     if kind == "longrope":
-        return _longrope(rope, told, width, int(original or max_positions), max_positions)
-    rope = dataclasses.replace(rope, factor=float(told["factor"]))
+        return _longrope(rope, scaling, width, int(original or max_positions), max_positions)
+    rope = dataclasses.replace(rope, factor=float(scaling["factor"]))
     if kind == "dynamic":
         # transformers measures growth from max_position_embeddings, whatever original_max_position_embeddings says.
         return dataclasses.replace(rope, original_max_positions=max_positions)
     if kind == "yarn":
         return dataclasses.replace(
-            rope, original_max_positions=int(original or max_positions), yarn=_yarn(told, float(told["factor"]))
+            rope, original_max_positions=int(original or max_positions), yarn=_yarn(scaling, float(scaling["factor"]))
         )
     if kind == "llama3":
         return dataclasses.replace(
             rope,
-            low_freq_factor=float(told["low_freq_factor"]),
-            high_freq_factor=float(told["high_freq_factor"]),
+            low_freq_factor=float(scaling["low_freq_factor"]),
+            high_freq_factor=float(scaling["high_freq_factor"]),
             original_max_positions=int(original or max_positions),
         )
     return rope
 
 
-def _yarn(told: dict[str, Any], factor: float) -> YarnConfig:
+def _yarn(scaling: dict[str, Any], factor: float) -> YarnConfig:
     def scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    mscale, over = told.get("mscale"), told.get("mscale_all_dim")
+    mscale, over = scaling.get("mscale"), scaling.get("mscale_all_dim")
     inferred = scale(mscale) / scale(over) if mscale and over else scale(1.0)
     return YarnConfig(
-        attention_factor=float(told.get("attention_factor") or inferred),
-        beta_fast=float(told.get("beta_fast") or 32),
-        beta_slow=float(told.get("beta_slow") or 1),
-        truncate=bool(told.get("truncate", True)),
+        attention_factor=float(scaling.get("attention_factor") or inferred),
+        beta_fast=float(scaling.get("beta_fast") or 32),
+        beta_slow=float(scaling.get("beta_slow") or 1),
+        truncate=bool(scaling.get("truncate", True)),
     )
 
 
-def _longrope(rope: RopeConfig, told: dict[str, Any], width: int, original: int, max_positions: int) -> RopeConfig:
+def _longrope(rope: RopeConfig, scaling: dict[str, Any], width: int, original: int, max_positions: int) -> RopeConfig:
     """As transformers reads it: without a factor, the context over the original one."""
     for name in ("short_factor", "long_factor"):
-        factors = told.get(name)
+        factors = scaling.get(name)
         if not isinstance(factors, list) or len(factors) != width // 2 or not all(map(_is_positive, factors)):
             raise UserError(
                 f"config.json has no {name} of {width // 2} positive numbers, which rope type 'longrope' needs"
             )
-    factor = float(told.get("factor") or max_positions / original)
+    factor = float(scaling.get("factor") or max_positions / original)
     if original < 2:
         raise UserError(f"config.json has original_max_position_embeddings={original}, too few for 'longrope'")
     inferred = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
@@ -256,9 +258,9 @@ def _longrope(rope: RopeConfig, told: dict[str, Any], width: int, original: int,
         factor=factor,
         original_max_positions=original,
         longrope=LongRopeConfig(
-            tuple(map(float, told["short_factor"])),
-            tuple(map(float, told["long_factor"])),
-            float(told.get("attention_factor") or inferred),
+            tuple(map(float, scaling["short_factor"])),
+            tuple(map(float, scaling["long_factor"])),
+            float(scaling.get("attention_factor") or inferred),
         ),
     )
 

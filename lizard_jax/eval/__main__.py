@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     modules = evaluations()
-    told = arguments(modules).parse_args(argv)
-    with devices.over(told):
-        modules[told.evaluation].run(told)
+    args = arguments(modules).parse_args(argv)
+    with devices.over(args):
+        modules[args.evaluation].run(args)
     return 0
 
 

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load(told: argparse.Namespace) -> Any:
+def load(args: argparse.Namespace) -> Any:
     """The model.
 
     Raises:
@@ -28,13 +28,13 @@ def load(told: argparse.Namespace) -> Any:
     from lizard_jax.nn.finite import not_finite
     from pallas_kernels import partition
 
-    model = lizard_jax.load(told.checkpoint, dtype=told.dtype, teacher=told.teacher, mesh=partition.mesh())
+    model = lizard_jax.load(args.checkpoint, dtype=args.dtype, teacher=args.teacher, mesh=partition.mesh())
     if (path := not_finite(model)) is not None:
-        raise UserError(f"{told.checkpoint} is damaged: its parameter {path} holds NaN or infinity")
+        raise UserError(f"{args.checkpoint} is damaged: its parameter {path} holds NaN or infinity")
     return model
 
 
-def tokenizer_source(told: argparse.Namespace) -> str:
+def tokenizer_source(args: argparse.Namespace) -> str:
     """Where the checkpoint's tokenizer lies, found without reading its weights.
 
     Raises:
@@ -42,9 +42,9 @@ def tokenizer_source(told: argparse.Namespace) -> str:
     """
     from lizard_jax.convert.files import locate, read_json
 
-    place = Path(told.checkpoint).expanduser()
-    if (place / "run.json").is_file():
+    directory = Path(args.checkpoint).expanduser()
+    if (directory / "run.json").is_file():
         from lizard_jax.train.teacher import find_teacher
 
-        return str(find_teacher(place, read_json(place / "run.json"), told.teacher))
-    return str(locate(told.checkpoint))
+        return str(find_teacher(directory, read_json(directory / "run.json"), args.teacher))
+    return str(locate(args.checkpoint))

@@ -117,18 +117,18 @@ class LizardLM(TemplateLM):
         """Continuations up to the first stop string, in batches of the same settings, longest contexts first."""
         groups: dict[str, list[tuple[int, list[int]]]] = {}
         for number, request in enumerate(requests):
-            context, told = _arguments(request)
+            context, kwargs = _arguments(request)
             ids = self.tok_encode(context) or [self.prefix_token_id]
-            groups.setdefault(repr(told), []).append((number, ids))
+            groups.setdefault(repr(kwargs), []).append((number, ids))
         answers = [""] * len(requests)
         with self._bar(len(requests), "writing") as bar:
             for group in groups.values():
                 group.sort(key=lambda item: len(item[1]), reverse=True)
-                _, told = _arguments(requests[group[0][0]])
+                _, kwargs = _arguments(requests[group[0][0]])
                 for at in range(0, len(group), self.batch_size):
                     part = group[at : at + self.batch_size]
                     # Draws depend on a prompt's place in its batch, so each batch takes a seed of its own.
-                    texts = self._write([ids for _, ids in part], told, seed=at // self.batch_size)
+                    texts = self._write([ids for _, ids in part], kwargs, seed=at // self.batch_size)
                     for (number, _), text in zip(part, texts, strict=True):
                         answers[number] = text
                         self.cache_hook.add_partial("generate_until", requests[number].args, text)
@@ -136,8 +136,8 @@ class LizardLM(TemplateLM):
         self.answered += len(requests)
         return answers
 
-    def _write(self, contexts: Sequence[list[int]], told: dict[str, Any], *, seed: int) -> list[str]:
-        settings: dict[str, Any] = dict(normalize_gen_kwargs(told))
+    def _write(self, contexts: Sequence[list[int]], given: dict[str, Any], *, seed: int) -> list[str]:
+        settings: dict[str, Any] = dict(normalize_gen_kwargs(given))
         new = settings.pop("max_gen_toks")
         stops = [stop for stop in settings.pop("until") if stop]
         if new >= self.max_length:

@@ -181,8 +181,8 @@ class Scorer:
                 rest = [context[head:] for context in part]
                 last, state = self._read([*rest, *[()] * (self.batch - len(part))], state)
                 asked = [(row, tokens) for row, context in enumerate(part) for tokens in wanted[context]]
-                told = self._continue(last, state, asked)
-                for (row, tokens), answer in zip(asked, told, strict=True):
+                found = self._continue(last, state, asked)
+                for (row, tokens), answer in zip(asked, found, strict=True):
                     for number in wanted[part[row]][tokens]:
                         answers[number] = answer
                 advance(sum(len(wanted[part[row]][tokens]) for row, tokens in asked))

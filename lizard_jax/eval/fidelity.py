@@ -74,23 +74,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _student(told: argparse.Namespace) -> Any:
+def _student(args: argparse.Namespace) -> Any:
     """The student; a stage whose teacher has moved is read with the one it is compared with."""
     import lizard_jax
     from pallas_kernels import partition
 
     try:
-        return lizard_jax.load(told.checkpoint, dtype=told.dtype, mesh=partition.mesh())
+        return lizard_jax.load(args.checkpoint, dtype=args.dtype, mesh=partition.mesh())
     except UserError as error:
-        if not (Path(told.checkpoint).expanduser() / "run.json").is_file():
+        if not (Path(args.checkpoint).expanduser() / "run.json").is_file():
             raise
         try:
-            return lizard_jax.load(told.checkpoint, dtype=told.dtype, teacher=told.teacher, mesh=partition.mesh())
+            return lizard_jax.load(args.checkpoint, dtype=args.dtype, teacher=args.teacher, mesh=partition.mesh())
         except UserError:
             raise error from None
 
 
-def run(told: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Measures, prints the tables, and writes what ``--out`` asks for.
 
     Raises:
@@ -100,54 +100,54 @@ def run(told: argparse.Namespace) -> None:
         ("tokens", 1), ("batch", 1), ("length", 1), ("map_tokens", 2), ("heads", 1), ("prompts", 0),
         ("prompt_tokens", 1), ("max_new_tokens", 1),
     ):  # fmt: skip
-        value = getattr(told, name)
+        value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}, must be at least {least}")
-    chosen = layer_numbers(told.layers)
-    texts.check_data(told.data)
-    if told.show is not None:
-        texts.check_data(told.show)
-    place = results.prepare(told.out)
+    chosen = layer_numbers(args.layers)
+    texts.check_data(args.data)
+    if args.show is not None:
+        texts.check_data(args.show)
+    out_dir = results.prepare(args.out)
 
     import lizard_jax
     from lizard_jax.generate.prompts import end_tokens, text_tokenizer
     from pallas_kernels import partition
 
-    student = _student(told)
-    teacher = lizard_jax.load(told.teacher, dtype=told.dtype, mesh=partition.mesh())
+    student = _student(args)
+    teacher = lizard_jax.load(args.teacher, dtype=args.dtype, mesh=partition.mesh())
     check_pair(student, teacher)
     count = student.config.num_layers
     if chosen and max(chosen) >= count:
         raise UserError(f"--layers names layer {max(chosen)}, but the student has {count}, from 0 to {count - 1}")
-    length = told.length or min(student.config.max_positions, LONGEST)
+    length = args.length or min(student.config.max_positions, LONGEST)
     tokenizer = text_tokenizer(student.source)
     read = functools.partial(
-        texts.read, tokenizer=tokenizer, vocab_size=student.config.vocab_size, separator=told.separator
+        texts.read, tokenizer=tokenizer, vocab_size=student.config.vocab_size, separator=args.separator
     )
     documents, size = [], 0
-    for document in read(told.data, held_out=told.held_out):
-        documents.append(document.ids[: told.tokens - size + 1])
+    for document in read(args.data, held_out=args.held_out):
+        documents.append(document.ids[: args.tokens - size + 1])
         size += len(documents[-1]) - 1
-        if size >= told.tokens:
+        if size >= args.tokens:
             break
 
-    result = measure(student, teacher, documents, length=length, batch=told.batch)
-    to_show = documents if told.show is None else [document.ids for document in itertools.islice(read(told.show), 64)]
-    shown = map_text(to_show, told.map_tokens or map_size(student))
+    result = measure(student, teacher, documents, length=length, batch=args.batch)
+    to_show = documents if args.show is None else [document.ids for document in itertools.islice(read(args.show), 64)]
+    shown = map_text(to_show, args.map_tokens or map_size(student))
     found = attention_maps(student, teacher, shown)
     for row, (theirs, ours) in zip(result["layers"], found, strict=True):
         row.update(shares(theirs, ours))
-    prompts = [ids[: told.prompt_tokens] for ids in to_show if len(ids) > told.prompt_tokens][: told.prompts]
+    prompts = [ids[: args.prompt_tokens] for ids in to_show if len(ids) > args.prompt_tokens][: args.prompts]
     result["map_text"] = tokenizer.decode(shown)
     result["generations"] = generations(
-        student, teacher, prompts, tokenizer, told.max_new_tokens, end_tokens(student.source, tokenizer)
+        student, teacher, prompts, tokenizer, args.max_new_tokens, end_tokens(student.source, tokenizer)
     )
     show(result)
-    if place is not None:
+    if out_dir is not None:
         drawn = chosen or sorted({0, count // 2, count - 1})
-        pictures = {f"attention_layer{n}.png": picture(*found[n], told.heads, n) for n in drawn}
+        pictures = {f"attention_layer{n}.png": picture(*found[n], args.heads, n) for n in drawn}
         written = {"generations.md": side_by_side(result["generations"])} if result["generations"] else {}
-        results.write(place, told, result, pictures | {"layers.png": layer_picture(result)}, **written)
+        results.write(out_dir, args, result, pictures | {"layers.png": layer_picture(result)}, **written)
 
 
 def layer_numbers(text: str | None) -> list[int]:

@@ -47,14 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="where to write result.json")
 
 
-def run(told: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Prints the harness's table, then a line that begins with each task's scores.
 
     Raises:
         UserError: a value out of range, an unknown task, data or a checkpoint that is not there, no lm-eval.
     """
     for name in ("batch_size", "max_length", "limit", "num_fewshot"):
-        value = getattr(told, name)
+        value = getattr(args, name)
         if value is not None and (value < 0 or (value == 0 and name != "num_fewshot")):
             raise UserError(
                 f"--{name.replace('_', '-')} is {value:g}, must be {'0 or more' if name[0] == 'n' else 'above 0'}"
@@ -63,22 +63,22 @@ def run(told: argparse.Namespace) -> None:
         raise UserError(
             "the harness is not installed; use the extra eval: uv run --extra eval python -m lizard_jax.eval …"
         )
-    place = prepare(told.out)
+    out_dir = prepare(args.out)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    names = [name.strip() for name in told.tasks.split(",") if name.strip()]
-    chosen = load_tasks(names, task_path=told.task_path, num_fewshot=told.num_fewshot)
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    chosen = load_tasks(names, task_path=args.task_path, num_fewshot=args.num_fewshot)
 
     from lizard_jax.eval._lm import LizardLM
     from lizard_jax.generate.prompts import end_tokens, text_tokenizer
 
-    model = _checkpoint.load(told)
+    model = _checkpoint.load(args)
     tokenizer = text_tokenizer(model.source)
     lm = LizardLM(
-        model, tokenizer, end=end_tokens(model.source, tokenizer), batch_size=told.batch_size,
-        max_length=told.max_length,
+        model, tokenizer, end=end_tokens(model.source, tokenizer), batch_size=args.batch_size,
+        max_length=args.max_length,
     )  # fmt: skip
     began = time.perf_counter()
-    results = evaluate(lm, chosen, limit=told.limit)
+    results = evaluate(lm, chosen, limit=args.limit)
     seconds = time.perf_counter() - began
 
     import lm_eval
@@ -87,14 +87,14 @@ def run(told: argparse.Namespace) -> None:
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
-    if place is not None:
+    if out_dir is not None:
         kept = ("results", "groups", "n-shot", "versions", "higher_is_better", "n-samples")
         record = {
             **{name: results[name] for name in kept if name in results}, "max_length": lm.max_length,
             "requests": lm.answered, "tokens_read": lm.scorer.tokens_read, "seconds": seconds,
             "lm_eval": lm_eval.__version__,
         }  # fmt: skip
-        write(place, told, json.loads(json.dumps(record, default=handle_non_serializable)), {})
+        write(out_dir, args, json.loads(json.dumps(record, default=handle_non_serializable)), {})
     print(f"{summary(results, chosen)} requests={lm.answered} seconds={seconds:.1f}")
 
 
@@ -169,7 +169,7 @@ def evaluate(lm: Any, chosen: dict[str, Any], *, limit: float | None = None, sam
 
 def summary(results: dict[str, Any], chosen: dict[str, Any]) -> str:
     """``task metric=value …`` of everything that was asked for; of a group its own scores."""
-    told = []
+    lines = []
     for name, scores in results["results"].items():
         inside = any(name in members for members in chosen["group_map"].values())
         if inside and name not in chosen["asked"]:
@@ -178,8 +178,8 @@ def summary(results: dict[str, Any], chosen: dict[str, Any]) -> str:
             f"{key.split(',')[0]}={value:.4f}" for key, value in scores.items()
             if isinstance(value, float) and "_stderr" not in key
         ]  # fmt: skip
-        told.append(" ".join([name, *values]))
-    return "; ".join(told)
+        lines.append(" ".join([name, *values]))
+    return "; ".join(lines)
 
 
 def _matching(name: str, known: Sequence[str]) -> list[str]:

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--write", metavar="FILE", help="write records to train on there (JSONL), and measure nothing")
 
 
-def run(told: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Measures, prints the table, and writes what ``--out`` asks for; or writes training records.
 
     Raises:
@@ -63,36 +63,36 @@ def run(told: argparse.Namespace) -> None:
     from lizard_jax.data.passkey import PasskeySet
     from lizard_jax.data.text import load_tokenizer
 
-    retrieval.check(told, "depths", "keys")
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", told.key_tokens)
+    retrieval.check(args, "depths", "keys")
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", args.key_tokens)
     if not match:
-        raise UserError(f"--key-tokens is {told.key_tokens!r}; give a number or two such as 5-8")
+        raise UserError(f"--key-tokens is {args.key_tokens!r}; give a number or two such as 5-8")
     key_tokens = int(match[1]), int(match[2] or match[1])
-    if told.write and told.form != "alpaca":
-        raise UserError(f"--write makes Alpaca records; leave out --form {told.form}")
-    place = results.prepare(told.out) if not told.write else None
-    tokenizer = load_tokenizer(_checkpoint.tokenizer_source(told))
-    ruler = Measure(tokenizer, filler(told.filler))
+    if args.write and args.form != "alpaca":
+        raise UserError(f"--write makes Alpaca records; leave out --form {args.form}")
+    out_dir = results.prepare(args.out) if not args.write else None
+    tokenizer = load_tokenizer(_checkpoint.tokenizer_source(args))
+    ruler = Measure(tokenizer, filler(args.filler))
     sets = [
-        PasskeySet(ruler, length, told.keys, key_tokens, told.form, told.seed, bool(told.write), told.depths)
-        for length in told.lengths
+        PasskeySet(ruler, length, args.keys, key_tokens, args.form, args.seed, bool(args.write), args.depths)
+        for length in args.lengths
     ]
     for examples in sets:
         examples[0]  # A length that cannot be made is told before anything slow begins.
-    if told.write:
-        write(Path(told.write).expanduser(), sets, told.samples or RECORDS)
+    if args.write:
+        write(Path(args.write).expanduser(), sets, args.samples or RECORDS)
         return
 
     from lizard_jax.generate.prompts import end_tokens
 
-    model = _checkpoint.load(told)
+    model = _checkpoint.load(args)
     result = measure(
-        model, sets, samples=told.samples or SAMPLES, batch=told.batch, eos=end_tokens(model.source, tokenizer),
-        teacher_forced=told.teacher_forced,
+        model, sets, samples=args.samples or SAMPLES, batch=args.batch, eos=end_tokens(model.source, tokenizer),
+        teacher_forced=args.teacher_forced,
     )  # fmt: skip
     show(result)
-    if place is not None:
-        results.write(place, told, result, {"passkey.png": picture(result)})
+    if out_dir is not None:
+        results.write(out_dir, args, result, {"passkey.png": picture(result)})
     print(f"accuracy={result['accuracy']:.6f} examples={result['examples']}")
 
 
@@ -157,7 +157,7 @@ def measure(
             made = [examples[index] for index in range(examples.depths * samples)]
             prompts = [ruler.prompt(example.prompt) for example in made]
             retrieval.fits(model.config.vocab_size, prompts)
-            told: list[dict[str, str]] = [{}] * len(made)
+            written: list[dict[str, str]] = [{}] * len(made)
             if teacher_forced:
                 documents, answers = [one.document for one in made], [[one.answer] for one in made]
                 shares = retrieval.likeliest(model, ruler, documents, answers, batch=batch, tick=bar.update)
@@ -169,7 +169,7 @@ def measure(
                     model, ruler.tokenizer, prompts, new, eos=eos, batch=batch, tick=bar.update
                 )
                 right = [correct(text, example.answer) for text, example in zip(texts, made, strict=True)]
-                told = [{"continuation": text} for text in texts]
+                written = [{"continuation": text} for text in texts]
             for part in range(examples.depths):
                 own = slice(part, None, examples.depths)
                 cells.append(
@@ -186,7 +186,7 @@ def measure(
                     "length": examples.length, "depth": example.depth, "keys": list(example.keys),
                     "answer": example.answer, "right": bool(good), **more,
                 }
-                for example, good, more in zip(made[: -(-SHOWN // len(sets))], right, told, strict=False)
+                for example, good, more in zip(made[: -(-SHOWN // len(sets))], right, written, strict=False)
             ]  # fmt: skip
     accuracy = sum(cell["accuracy"] for cell in cells) / len(cells)
     return {"accuracy": accuracy, "examples": total, "cells": cells, "shown": shown}

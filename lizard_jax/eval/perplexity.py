@@ -60,33 +60,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="also write result.json and perplexity.png there")
 
 
-def run(told: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Measures, prints the tables, and writes what ``--out`` asks for.
 
     Raises:
         UserError: a number out of range, no model, or no text to score.
     """
     for name, least in (("tokens", 1), ("context_tokens", 0), ("batch", 1), ("length", 1)):
-        value = getattr(told, name)
+        value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}, must be at least {least}")
-    texts.check_data(told.data)
-    place = results.prepare(told.out)
+    texts.check_data(args.data)
+    out_dir = results.prepare(args.out)
 
     from lizard_jax.generate.prompts import text_tokenizer
 
-    model = _checkpoint.load(told)
-    length = told.length or model.config.max_positions
+    model = _checkpoint.load(args)
+    length = args.length or model.config.max_positions
     documents = texts.read(
-        told.data, text_tokenizer(model.source), vocab_size=model.config.vocab_size, separator=told.separator,
-        held_out=told.held_out,
+        args.data, text_tokenizer(model.source), vocab_size=model.config.vocab_size, separator=args.separator,
+        held_out=args.held_out,
     )  # fmt: skip
     result = measure(
-        model, documents, length=length, tokens=told.tokens, context_tokens=told.context_tokens, batch=told.batch
+        model, documents, length=length, tokens=args.tokens, context_tokens=args.context_tokens, batch=args.batch
     )
     show(result)
-    if place is not None:
-        results.write(place, told, result, {"perplexity.png": picture(result)})
+    if out_dir is not None:
+        results.write(out_dir, args, result, {"perplexity.png": picture(result)})
     print(f"loss={result['loss']:.6f} perplexity={result['perplexity']:.6f} tokens={result['tokens']}")
 
 

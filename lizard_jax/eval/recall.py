@@ -49,32 +49,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(told: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Measures, prints the table, and writes what ``--out`` asks for.
 
     Raises:
         UserError: a number out of range, a length or a vocabulary that cannot hold the pairs, or no model.
     """
-    retrieval.check(told, "pairs")
-    told.pairs = sorted(set(told.pairs))
-    place = results.prepare(told.out)
+    retrieval.check(args, "pairs")
+    args.pairs = sorted(set(args.pairs))
+    out_dir = results.prepare(args.out)
 
     from lizard_jax.data.text import affixes, load_tokenizer
 
-    tokenizer = load_tokenizer(_checkpoint.tokenizer_source(told))
+    tokenizer = load_tokenizer(_checkpoint.tokenizer_source(args))
     head = affixes(tokenizer)[0]
     tokens = ordinary(tokenizer)
-    for length in told.lengths:
-        for pairs in told.pairs:
+    for length in args.lengths:
+        for pairs in args.pairs:
             check(length, pairs, head, tokens)
-    model = _checkpoint.load(told)
+    model = _checkpoint.load(args)
     result = measure(
-        model, head, tokens, lengths=told.lengths, pairs=told.pairs, samples=told.samples or SAMPLES, seed=told.seed,
-        batch=told.batch,
+        model, head, tokens, lengths=args.lengths, pairs=args.pairs, samples=args.samples or SAMPLES, seed=args.seed,
+        batch=args.batch,
     )  # fmt: skip
     show(result)
-    if place is not None:
-        results.write(place, told, result, {"recall.png": picture(result)})
+    if out_dir is not None:
+        results.write(out_dir, args, result, {"recall.png": picture(result)})
     print(f"accuracy={result['accuracy']:.6f} among_values={result['among_values']:.6f} queries={result['queries']}")
 
 
@@ -133,11 +133,11 @@ def _read() -> Callable:
     import jax.numpy as jnp
 
     @functools.partial(jax.jit, donate_argnums=(2, 3))
-    def read(model: "Llama", tokens: Any, state: Any, held: Any, places: Any, lengths: Any) -> Any:
+    def read(model: "Llama", tokens: Any, state: Any, gathered: Any, places: Any, lengths: Any) -> Any:
         hidden, state = model.extend_hidden(tokens, state, lengths)
         inside = (places >= 0) & (places < tokens.shape[1])
         found = jnp.take_along_axis(hidden, jnp.clip(places, 0, tokens.shape[1] - 1)[..., None], axis=1)
-        return jnp.where(inside[..., None], found, held), state
+        return jnp.where(inside[..., None], found, gathered), state
 
     return read
 
@@ -170,14 +170,14 @@ def predictions(
 
     size, time = rows.shape
     state = model.init_state(size, capacity([time], 0))
-    held = jnp.zeros((*places.shape, model.config.hidden_size), model.embed.embedding.dtype)
+    gathered = jnp.zeros((*places.shape, model.config.hidden_size), model.embed.embedding.dtype)
     for start, width in chunks([time], PREFILL):
         block = np.zeros((size, width), np.int32)
         part = rows[:, start : start + width]
         block[:, : part.shape[1]] = part
         lengths = jnp.full((size,), part.shape[1], jnp.int32)
-        held, state = _read()(model, jnp.asarray(block), state, held, jnp.asarray(places - start), lengths)
-    likeliest, among = _judge()(model, held, jnp.asarray(values))
+        gathered, state = _read()(model, jnp.asarray(block), state, gathered, jnp.asarray(places - start), lengths)
+    likeliest, among = _judge()(model, gathered, jnp.asarray(values))
     return np.asarray(likeliest), np.asarray(among)
 
 
@@ -222,8 +222,8 @@ def measure(
                     made += [made[-1]] * (size - len(made))
                     rows, places, values = (np.stack(parts) for parts in zip(*made, strict=True))
                     right = np.take_along_axis(rows, places + 1, axis=1)
-                    for told, scores in zip(predictions(model, rows, places, values), (exact, among), strict=True):
-                        scores.append((told == right)[: len(group)].ravel())
+                    for best, scores in zip(predictions(model, rows, places, values), (exact, among), strict=True):
+                        scores.append((best == right)[: len(group)].ravel())
                     bar.update(length * len(group))
                 cells.append(
                     {

@@ -22,18 +22,18 @@ def prepare(out: str | None) -> Path | None:
     """
     if out is None:
         return None
-    place = Path(out).expanduser()
+    out_dir = Path(out).expanduser()
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write results to {place}: {error.strerror or error}") from None
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write results to {place}: it cannot be written")
-    return place
+        raise UserError(f"cannot write results to {out_dir}: {error.strerror or error}") from None
+    if not os.access(out_dir, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write results to {out_dir}: it cannot be written")
+    return out_dir
 
 
 def write(
-    place: Path, told: argparse.Namespace, result: dict[str, Any], pictures: "dict[str, Figure]", **files: str
+    out_dir: Path, args: argparse.Namespace, result: dict[str, Any], pictures: "dict[str, Figure]", **files: str
 ) -> None:
     """Writes pictures and files by their names, and last ``result.json``, which also says how it was made."""
     import jax
@@ -43,13 +43,13 @@ def write(
     for name, figure in pictures.items():
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=110)
-        write_atomic(place / name, png.getvalue())
+        write_atomic(out_dir / name, png.getvalue())
     for name, content in files.items():
-        write_atomic(place / name, content)
+        write_atomic(out_dir / name, content)
     made = {
-        "settings": {name: value for name, value in vars(told).items() if name != "out"},
+        "settings": {name: value for name, value in vars(args).items() if name != "out"},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": versions(),
     }
     content = json.dumps(finite(result | made), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(place / "result.json", content + "\n")
+    write_atomic(out_dir / "result.json", content + "\n")

@@ -49,20 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser, *, lengths: Sequence[int], sa
     parser.add_argument("--out", metavar="DIR", help="also write result.json and the picture there")
 
 
-def check(told: argparse.Namespace, *more: str) -> None:
+def check(args: argparse.Namespace, *more: str) -> None:
     """Refuses numbers below 1 (a seed below 0), and puts lengths in order.
 
     Raises:
         UserError: there is one.
     """
     for name in ("lengths", "samples", "batch", *more):
-        value = getattr(told, name)
+        value = getattr(args, name)
         for number in value if isinstance(value, list) else [value]:
             if number is not None and number < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {number}, must be at least 1")
-    if told.seed < 0:
-        raise UserError(f"--seed is {told.seed}, must be at least 0")
-    told.lengths = sorted(set(told.lengths))
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}, must be at least 0")
+    args.lengths = sorted(set(args.lengths))
 
 
 def fits(vocab_size: int, prompts: Sequence[Sequence[int]]) -> None:
@@ -98,7 +98,7 @@ def continuations(
 
     greedy, stops = Sampling(), tuple(eos)
     size = min(batch, len(prompts))
-    told = []
+    texts = []
     for group in batched(zip(prompts, new, strict=True), size):
         # A batch that is not full repeats its last row, so that one shape is compiled.
         rows = [list(prompt) for prompt, _ in group]
@@ -118,9 +118,9 @@ def continuations(
             row = [int(token) for token in tokens[:count, place] if token >= 0]
             # Special tokens inside stay visible: without them a broken answer might look like a right one.
             kept = row[:-1] if row and row[-1] in stops else row
-            told.append(tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            texts.append(tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         tick(len(group))
-    return told
+    return texts
 
 
 def likeliest(
@@ -161,9 +161,9 @@ def likeliest(
             tokens[at, : len(text)] = text
             flat = [place - 1 for span in spans for place in span]
             rows[at, : len(flat)] = flat
-        told = np.asarray(best(model, jnp.asarray(tokens), jnp.asarray(rows)))
+        predicted = np.asarray(best(model, jnp.asarray(tokens), jnp.asarray(rows)))
         for at, (text, spans) in enumerate(group):
-            ours = iter(told[at])
+            ours = iter(predicted[at])
             right = [[int(next(ours)) == text[place] for place in span] for span in spans]
             found.append(sum(map(all, right)) / len(right))
         tick(len(group))

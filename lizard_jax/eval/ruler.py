@@ -197,7 +197,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(told: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Measures, prints the table, and writes what ``--out`` asks for.
 
     Raises:
@@ -206,28 +206,28 @@ def run(told: argparse.Namespace) -> None:
     from lizard_jax.data.haystack import Measure, filler
     from lizard_jax.data.text import load_tokenizer
 
-    retrieval.check(told, "needles")
-    if told.needles > len(QUALITIES) * len(THINGS) // 2:
-        raise UserError(f"--needles is {told.needles}, must be at most {len(QUALITIES) * len(THINGS) // 2}")
-    told.tasks = list(dict.fromkeys(told.tasks))
-    place = results.prepare(told.out)
-    tokenizer = load_tokenizer(_checkpoint.tokenizer_source(told))
-    ruler = Measure(tokenizer, filler(told.filler))
-    for task in told.tasks:
+    retrieval.check(args, "needles")
+    if args.needles > len(QUALITIES) * len(THINGS) // 2:
+        raise UserError(f"--needles is {args.needles}, must be at most {len(QUALITIES) * len(THINGS) // 2}")
+    args.tasks = list(dict.fromkeys(args.tasks))
+    out_dir = results.prepare(args.out)
+    tokenizer = load_tokenizer(_checkpoint.tokenizer_source(args))
+    ruler = Measure(tokenizer, filler(args.filler))
+    for task in args.tasks:
         # A length that cannot be made is told before anything slow begins.
-        example(task, ruler, length=told.lengths[0], seed=told.seed, index=0, needles=told.needles, form=told.form)
+        example(task, ruler, length=args.lengths[0], seed=args.seed, index=0, needles=args.needles, form=args.form)
 
     from lizard_jax.generate.prompts import end_tokens
 
-    model = _checkpoint.load(told)
+    model = _checkpoint.load(args)
     result = measure(
-        model, ruler, tasks=told.tasks, lengths=told.lengths, samples=told.samples or SAMPLES, seed=told.seed,
-        needles=told.needles, form=told.form, batch=told.batch, eos=end_tokens(model.source, tokenizer),
-        teacher_forced=told.teacher_forced,
+        model, ruler, tasks=args.tasks, lengths=args.lengths, samples=args.samples or SAMPLES, seed=args.seed,
+        needles=args.needles, form=args.form, batch=args.batch, eos=end_tokens(model.source, tokenizer),
+        teacher_forced=args.teacher_forced,
     )  # fmt: skip
     show(result)
-    if place is not None:
-        results.write(place, told, result, {"ruler.png": picture(result)})
+    if out_dir is not None:
+        results.write(out_dir, args, result, {"ruler.png": picture(result)})
     print(f"score={result['score']:.6f} examples={result['examples']}")
 
 
@@ -269,7 +269,7 @@ def measure(
                 ]
                 prompts = [ruler.prompt(one.prompt) for one in made]
                 retrieval.fits(model.config.vocab_size, prompts)
-                told: list[dict[str, str]] = [{}] * samples
+                written: list[dict[str, str]] = [{}] * samples
                 if teacher_forced:
                     scores = retrieval.likeliest(
                         model, ruler, [one.document for one in made], [one.expected for one in made], batch=batch,
@@ -283,12 +283,12 @@ def measure(
                         batch=batch, tick=bar.update,
                     )  # fmt: skip
                     scores = [score(text, one.expected) for text, one in zip(texts, made, strict=True)]
-                    told = [{"continuation": text} for text in texts]
+                    written = [{"continuation": text} for text in texts]
                 cells.append({"task": task, "length": length, "score": sum(scores) / samples, "samples": samples})
                 few = max(1, SHOWN // (len(tasks) * len(lengths)))
                 shown += [
                     {"task": task, "length": length, "expected": list(one.expected), "score": share, **more}
-                    for one, share, more in zip(made[:few], scores, told, strict=False)
+                    for one, share, more in zip(made[:few], scores, written, strict=False)
                 ]
     return {
         "score": sum(cell["score"] for cell in cells) / len(cells), "examples": total, "cells": cells, "shown": shown,

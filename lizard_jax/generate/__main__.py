@@ -65,41 +65,41 @@ def arguments() -> argparse.ArgumentParser:
 class Session:
     """A model, its tokenizer, and how it is to write."""
 
-    def __init__(self, told: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
         import lizard_jax
         from lizard_jax.generate.prompts import end_tokens, text_tokenizer
         from lizard_jax.generate.sampling import Sampling
         from pallas_kernels import partition
 
-        self.told = told
-        self.sampling = Sampling(**{field.name: getattr(told, field.name) for field in fields(Sampling)})
-        if told.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens is {told.max_new_tokens}, must be at least 1")
-        self.model = lizard_jax.load(told.checkpoint, dtype=told.dtype, teacher=told.teacher, mesh=partition.mesh())
+        self.args = args
+        self.sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
+        if args.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens is {args.max_new_tokens}, must be at least 1")
+        self.model = lizard_jax.load(args.checkpoint, dtype=args.dtype, teacher=args.teacher, mesh=partition.mesh())
         self.tokenizer = text_tokenizer(self.model.source)
         self.eos = end_tokens(self.model.source, self.tokenizer)
         self.earlier: Any = None
-        if told.load_state:
+        if args.load_state:
             from lizard_jax.generate import conversation
 
-            self.earlier = conversation.load(told.load_state, self.model)
+            self.earlier = conversation.load(args.load_state, self.model)
 
     def run(self, prompts: Sequence[Sequence[int]]) -> Any:
         """A generation with this session's settings."""
         from lizard_jax.generate.engine import Generation
 
         return Generation(
-            self.model, self.tokenizer, prompts, max_new_tokens=self.told.max_new_tokens, sampling=self.sampling,
-            stops=self.told.stop, eos=self.eos, earlier=self.earlier,
+            self.model, self.tokenizer, prompts, max_new_tokens=self.args.max_new_tokens, sampling=self.sampling,
+            stops=self.args.stop, eos=self.eos, earlier=self.earlier,
         )  # fmt: skip
 
     def keep(self, run: Any, messages: Sequence[dict[str, str]] = ()) -> None:
         """Writes the state where it was asked for, and says so."""
         from lizard_jax.generate import conversation
 
-        if self.told.save_state:
-            size = conversation.save(self.told.save_state, run.conversation(messages), self.model)
-            note(f"state of {size:,} bytes in {self.told.save_state}")
+        if self.args.save_state:
+            size = conversation.save(self.args.save_state, run.conversation(messages), self.model)
+            note(f"state of {size:,} bytes in {self.args.save_state}")
 
 
 def note(text: str) -> None:
@@ -152,11 +152,11 @@ def one(session: Session) -> None:
     """``--prompt``: the prompt and its continuation on stdout, as they come."""
     from lizard_jax.generate.prompts import chat_prompt, encode, next_turn
 
-    told, earlier = session.told, session.earlier
-    text, messages = told.prompt or "", []
+    args, earlier = session.args, session.earlier
+    text, messages = args.prompt or "", []
     if not text and earlier is None:
         raise UserError("the prompt is empty; give --prompt TEXT, --prompts FILE or --interactive")
-    if told.chat:
+    if args.chat:
         messages = [*(earlier.messages if earlier else ()), {"role": "user", "content": text}]
         shown = next_turn(session.tokenizer, messages, earlier.pending[-1]) if len(messages) > 1 else None
         if shown is None:
@@ -165,14 +165,14 @@ def one(session: Session) -> None:
     else:
         ids = encode(session.tokenizer, text, special=earlier is None) if text else []
     run = session.run([ids])
-    say(text + "\n" * told.chat)
+    say(text + "\n" * args.chat)
     try:
         with interruptible(run):
             for _, piece in run.pieces():
                 say(piece)
     finally:
         say("\n")
-    session.keep(run, [*messages, {"role": "assistant", "content": run.rows[0].text}] if told.chat else ())
+    session.keep(run, [*messages, {"role": "assistant", "content": run.rows[0].text}] if args.chat else ())
     report(run)
 
 
@@ -182,9 +182,9 @@ def many(session: Session) -> None:
 
     from lizard_jax.generate.prompts import chat_prompt, encode, read_prompts
 
-    if session.told.save_state or session.earlier is not None:
+    if session.args.save_state or session.earlier is not None:
         raise UserError("--save-state and --load-state are for one conversation; leave out --prompts")
-    records = read_prompts(session.told.prompts)
+    records = read_prompts(session.args.prompts)
     ids = []
     for record in records:
         chat = "messages" in record
@@ -192,14 +192,14 @@ def many(session: Session) -> None:
         ids.append(encode(session.tokenizer, text, special=not chat))
     run = session.run(ids)
     try:
-        total = len(records) * session.told.max_new_tokens
+        total = len(records) * session.args.max_new_tokens
         with interruptible(run), tqdm(total=total, unit="token", file=sys.stderr, disable=None) as bar:
             for _ in run.pieces():
                 bar.update(sum(len(row.tokens) for row in run.rows) - bar.n)
     finally:
         for record, row in zip(records, run.rows, strict=True):
-            told = {"continuation": row.text, "finish": row.finish, "tokens": len(row.tokens)}
-            say(json.dumps({**record, **told}, ensure_ascii=False) + "\n")
+            result = {"continuation": row.text, "finish": row.finish, "tokens": len(row.tokens)}
+            say(json.dumps({**record, **result}, ensure_ascii=False) + "\n")
     report(run)
 
 
@@ -248,18 +248,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    told = arguments().parse_args(argv)
+    args = arguments().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal without the letters shows their numbers; nothing that was written is lost over one.
             stream.reconfigure(errors="backslashreplace")
-    if told.prompt is None and not (told.prompts or told.interactive or told.load_state):
+    if args.prompt is None and not (args.prompts or args.interactive or args.load_state):
         raise UserError("nothing to continue; give --prompt TEXT, --prompts FILE or --interactive")
-    if told.prompt is not None and not told.prompt and not told.load_state:
+    if args.prompt is not None and not args.prompt and not args.load_state:
         raise UserError("the prompt is empty; give at least one character to go on from")
-    with devices.over(told):
-        session = Session(told)
-        (many if told.prompts else converse if told.interactive else one)(session)
+    with devices.over(args):
+        session = Session(args)
+        (many if args.prompts else converse if args.interactive else one)(session)
     return 0
 
 

@@ -100,7 +100,7 @@ def load(path: str | Path, model: Llama) -> Conversation:
     try:
         with safe_open(source, framework="flax") as file:
             header = file.metadata() or {}
-            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{source} is no saved state, or a damaged one: {error}") from None
     if header.get("format") != FORMAT:
@@ -108,12 +108,12 @@ def load(path: str | Path, model: Llama) -> Conversation:
     if header.get("model") != fingerprint(model):
         raise UserError(f"{source} is the state of another model; load it with the model that it was saved from")
     rest = json.loads(header["rest"])
-    empty = jax.eval_shape(lambda: model.init_state(1, held_capacity(held)))
-    state = jax.tree_util.tree_map_with_path(lambda name, leaf: held[sharding.path_name(name)], empty)
+    empty = jax.eval_shape(lambda: model.init_state(1, held_capacity(arrays)))
+    state = jax.tree_util.tree_map_with_path(lambda name, leaf: arrays[sharding.path_name(name)], empty)
     return Conversation(state, rest["pending"], rest["written"], rest["tokens"], rest["messages"])
 
 
-def held_capacity(held: dict[str, Any]) -> int | None:
+def held_capacity(arrays: dict[str, Any]) -> int | None:
     """Tokens that the key/value caches among the tensors hold; None where there is no cache."""
-    sizes = [leaf.shape[1] for name, leaf in held.items() if name.split("/")[-1] in ("k", "v")]
+    sizes = [leaf.shape[1] for name, leaf in arrays.items() if name.split("/")[-1] in ("k", "v")]
     return max(sizes, default=None)

@@ -43,5 +43,5 @@ def generate(
     )  # fmt: skip
     for _ in run.pieces():
         pass
-    told = [row.text for row in run.rows]
-    return told[0] if isinstance(prompt, str) else told
+    written = [row.text for row in run.rows]
+    return written[0] if isinstance(prompt, str) else written

@@ -15,21 +15,21 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._ids = list(before[-8:])
         self._from = 0
-        self._told = len(self._ids)
+        self._shown = len(self._ids)
 
     def add(self, tokens: Sequence[int]) -> str:
         """What the new tokens add; may be empty."""
         self._ids += tokens
-        old, new = self._decode(self._ids[self._from : self._told]), self._decode(self._ids[self._from :])
+        old, new = self._decode(self._ids[self._from : self._shown]), self._decode(self._ids[self._from :])
         if new.endswith("\ufffd") or len(new) <= len(old):
             return ""
-        self._from, self._told = self._told, len(self._ids)
+        self._from, self._shown = self._shown, len(self._ids)
         return new[len(old) :]
 
     def rest(self) -> str:
         """What is left at the end, unfinished characters included."""
-        old, new = self._decode(self._ids[self._from : self._told]), self._decode(self._ids[self._from :])
-        self._from = self._told = len(self._ids)
+        old, new = self._decode(self._ids[self._from : self._shown]), self._decode(self._ids[self._from :])
+        self._from = self._shown = len(self._ids)
         return new[len(old) :]
 
     def _decode(self, ids: list[int]) -> str:

@@ -287,10 +287,12 @@ def _attend(
     seen_far &= index >= document[:, None, :, None]
     seen_far &= asks[:, None, :, None]
     scores = jnp.concatenate([near_scores, far_scores], axis=-1) * jnp.asarray(width**-0.5, wide)
-    met = jnp.concatenate([jnp.broadcast_to(seen[:, None], (batch, groups, block, window + block)), seen_far], axis=-1)
-    met = met[:, :, None]  # [B, K, 1, C, WC + X]
-    top = jax.lax.stop_gradient(jnp.max(jnp.where(met, scores, EMPTY), axis=-1))
-    weights = jnp.where(met, jnp.exp(jnp.where(met, scores - top[..., None], 0.0)), 0.0)
+    visible = jnp.concatenate(
+        [jnp.broadcast_to(seen[:, None], (batch, groups, block, window + block)), seen_far], axis=-1
+    )
+    visible = visible[:, :, None]  # [B, K, 1, C, WC + X]
+    top = jax.lax.stop_gradient(jnp.max(jnp.where(visible, scores, EMPTY), axis=-1))
+    weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - top[..., None], 0.0)), 0.0)
     total = weights.sum(axis=-1)
     there = total > 0
     n = jnp.where(there, jnp.log(jnp.where(there, total, 1.0)) + top, EMPTY)  # [B, K, G, C]

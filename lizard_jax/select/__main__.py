@@ -59,42 +59,42 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def run(told: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Ranks, scores, prints the table, and writes what ``--out`` asks for.
 
     Raises:
         UserError: a number out of range, no such teacher or text, or a text too short.
     """
     for name in ("window", "length", "samples", "scored"):
-        if not 1 <= getattr(told, name) <= 2**24:
-            raise UserError(f"--{name} is {getattr(told, name)}, must be at least 1 and at most {2**24}")
-    if not 0 <= told.seed < 2**32:
-        raise UserError(f"--seed is {told.seed}, must be at least 0 and below {2**32}")
-    if told.length <= told.window:
-        raise UserError(f"--length {told.length} never leaves the window of {told.window}; give a longer one")
-    if told.by != "retrieval" and told.data is None:
-        raise UserError(f"--by {told.by} needs --data, the text that it is measured on")
-    place = None if told.out is None else Path(told.out).expanduser()
-    if place is not None:
+        if not 1 <= getattr(args, name) <= 2**24:
+            raise UserError(f"--{name} is {getattr(args, name)}, must be at least 1 and at most {2**24}")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed is {args.seed}, must be at least 0 and below {2**32}")
+    if args.length <= args.window:
+        raise UserError(f"--length {args.length} never leaves the window of {args.window}; give a longer one")
+    if args.by != "retrieval" and args.data is None:
+        raise UserError(f"--by {args.by} needs --data, the text that it is measured on")
+    out_dir = None if args.out is None else Path(args.out).expanduser()
+    if out_dir is not None:
         try:
-            place.mkdir(parents=True, exist_ok=True)
+            out_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot write to {place}: {error.strerror or error}") from None
-    if told.by == "error":
+            raise UserError(f"cannot write to {out_dir}: {error.strerror or error}") from None
+    if args.by == "error":
         from lizard_jax.select import needs
 
-        needs.run(told, place)
+        needs.run(args, out_dir)
         return
-    found = rank(told)
+    found = rank(args)
     show(found)
-    if place is not None:
-        write(place, told, found)
-        print(f"heads={place / 'heads.json'}")
+    if out_dir is not None:
+        write(out_dir, args, found)
+        print(f"heads={out_dir / 'heads.json'}")
     else:
         print(",".join(found["ranking"].names[: max(1, round(0.1 * len(found["ranking"].names)))]))
 
 
-def rank(told: argparse.Namespace) -> dict[str, Any]:
+def rank(args: argparse.Namespace) -> dict[str, Any]:
     """The ranking, and a row for each number of heads that is scored."""
     import numpy as np
     from tqdm import tqdm
@@ -107,26 +107,26 @@ def rank(told: argparse.Namespace) -> dict[str, Any]:
     from lizard_jax.select.needles import make
     from lizard_jax.select.needs import texts
 
-    source = teacher_dir(told.teacher)
+    source = teacher_dir(args.teacher)
     tokenizer = load_tokenizer(source)
-    measure = Measure(tokenizer, filler(told.filler))
+    measure = Measure(tokenizer, filler(args.filler))
     # Other random numbers, other texts: those that rank never score.
-    ranked = make(measure, told.length, told.samples, seed=2 * told.seed)
-    scored = make(measure, told.length, told.scored, seed=2 * told.seed + 1)
-    plain = [] if told.data is None else texts(told.data, told.separator, measure, told.length, 2 * told.samples)
-    model = load_hf(source, dtype=told.dtype)
+    ranked = make(measure, args.length, args.samples, seed=2 * args.seed)
+    scored = make(measure, args.length, args.scored, seed=2 * args.seed + 1)
+    plain = [] if args.data is None else texts(args.data, args.separator, measure, args.length, 2 * args.samples)
+    model = load_hf(source, dtype=args.dtype)
     config = model.config
     if config.attention is not None:
-        raise UserError(f"{told.teacher} is linearized already; give the teacher that it came from")
+        raise UserError(f"{args.teacher} is linearized already; give the teacher that it came from")
     heads = config.num_layers * config.kv_heads
-    half = len(plain) // 2 if told.by == "loss" else 0
-    total = half * heads if told.by == "loss" else len(ranked.tokens)
+    half = len(plain) // 2 if args.by == "loss" else 0
+    total = half * heads if args.by == "loss" else len(ranked.tokens)
     with tqdm(total=total, desc="ranking", unit=" heads" if half else " texts", disable=None, leave=False) as bar:
-        if told.by == "loss":
-            scores = rank.cut_losses(model, plain[:half], window=told.window, tick=bar.update)
+        if args.by == "loss":
+            scores = rank.cut_losses(model, plain[:half], window=args.window, tick=bar.update)
         else:
             scores = rank.retrieval_scores(model, ranked, tick=bar.update)
-    ranking, rows = choice.ranking(told.by, scores), []
+    ranking, rows = choice.ranking(args.by, scores), []
     numbers = sorted({round(share * heads) for share in SHARES})
     plain = plain[half:] if half else plain
     each = len(scored.tokens) + len(plain)
@@ -136,9 +136,9 @@ def rank(told: argparse.Namespace) -> dict[str, Any]:
             for name in ranking.names[:number]:
                 layer, head = map(int, name.split("."))
                 keep[layer, head] = True
-            kept = rank.score(model, keep, scored, plain, window=told.window, tick=bar.update)
-            tokens = number * told.length + (heads - number) * min(told.length, told.window + 4)
-            rows.append({"heads": number, "cache": tokens / (heads * told.length), **vars(kept)})
+            kept = rank.score(model, keep, scored, plain, window=args.window, tick=bar.update)
+            tokens = number * args.length + (heads - number) * min(args.length, args.window + 4)
+            rows.append({"heads": number, "cache": tokens / (heads * args.length), **vars(kept)})
     return {"ranking": ranking, "rows": rows, "scores": scores, "heads": heads}
 
 
@@ -159,7 +159,7 @@ def show(found: dict[str, Any]) -> None:
     Console(highlight=False, soft_wrap=True).print(table)
 
 
-def write(place: Path, told: argparse.Namespace, found: dict[str, Any]) -> None:
+def write(out_dir: Path, args: argparse.Namespace, found: dict[str, Any]) -> None:
     """``heads.png``, ``result.json``, and last ``heads.json``."""
     import io
     import json
@@ -169,10 +169,10 @@ def write(place: Path, told: argparse.Namespace, found: dict[str, Any]) -> None:
 
     png = io.BytesIO()
     picture(found).savefig(png, format="png", dpi=110)
-    write_atomic(place / "heads.png", png.getvalue())
-    settings = {name: value for name, value in vars(told).items() if name != "out"}
-    write_atomic(place / "result.json", json.dumps({"rows": found["rows"], "settings": settings}, indent=1) + "\n")
-    write_atomic(place / "heads.json", choice.text(found["ranking"]))
+    write_atomic(out_dir / "heads.png", png.getvalue())
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    write_atomic(out_dir / "result.json", json.dumps({"rows": found["rows"], "settings": settings}, indent=1) + "\n")
+    write_atomic(out_dir / "heads.json", choice.text(found["ranking"]))
 
 
 def picture(found: dict[str, Any]) -> "Figure":

@@ -68,39 +68,39 @@ def texts(data: str, separator: str, measure: Measure, length: int, most: int) -
     return long[: len(long) - len(long) % 2]
 
 
-def run(told: argparse.Namespace, place: Path | None) -> None:
+def run(args: argparse.Namespace, out_dir: Path | None) -> None:
     """Measures, scores, prints the table, and writes what ``--out`` asks for.
 
     Raises:
         UserError: no such teacher or text, or a text too short.
     """
-    source = teacher_dir(told.teacher)
-    found = texts(told.data, told.separator, Measure(load_tokenizer(source)), told.length, told.samples + told.scored)
-    model = load_hf(source, dtype=told.dtype)
+    source = teacher_dir(args.teacher)
+    found = texts(args.data, args.separator, Measure(load_tokenizer(source)), args.length, args.samples + args.scored)
+    model = load_hf(source, dtype=args.dtype)
     if model.config.attention is not None:
-        raise UserError(f"{told.teacher} is linearized already; give the teacher that it came from")
-    switches = LizardConfig(memory="none", window=told.window)
+        raise UserError(f"{args.teacher} is linearized already; give the teacher that it came from")
+    switches = LizardConfig(memory="none", window=args.window)
     half = len(found) // 2
     total = half * model.config.num_layers
     with tqdm(total=total, desc="measuring", unit=" layers", disable=None, leave=False) as bar:
         curves = measure(model, [batch_of(ids) for ids in found[:half]], switches, tick=bar.update)
-    limits = [round(share * told.window) for share in BUDGETS if share * told.window < told.length]
+    limits = [round(share * args.window) for share in BUDGETS if share * args.window < args.length]
     rows = []
     with tqdm(total=1 + 2 * len(limits), desc="scoring", unit=" rows", disable=None, leave=False) as bar:
-        teacher = mean_loss(model, None, found[half:], told.window)
+        teacher = mean_loss(model, None, found[half:], args.window)
         bar.update()
         for tokens in limits:
             spent = spend(curves, size(f"{tokens}tokens", model.config, switches), model.config, switches)
-            own = mean_loss(model, spent.switches, found[half:], told.window)
+            own = mean_loss(model, spent.switches, found[half:], args.window)
             bar.update()
             rows.append(
-                Row(tokens, spent, own, mean_loss(model, plain(switches, window=tokens), found[half:], told.window))
+                Row(tokens, spent, own, mean_loss(model, plain(switches, window=tokens), found[half:], args.window))
             )
             bar.update()
     show(rows, teacher, state_bytes(replace(model.config, attention=None), 8192))
-    if place is not None:
-        write(place, told, curves, rows, teacher)
-        print(f"curves={place / 'budgets.json'}")
+    if out_dir is not None:
+        write(out_dir, args, curves, rows, teacher)
+        print(f"curves={out_dir / 'budgets.json'}")
 
 
 def batch_of(ids: Int[np.ndarray, " T"]) -> Batch:
@@ -141,21 +141,21 @@ def show(rows: list[Row], teacher: float, cache: int) -> None:
     Console(highlight=False, soft_wrap=True).print(table)
 
 
-def write(place: Path, told: argparse.Namespace, curves: Curves, rows: list[Row], teacher: float) -> None:
+def write(out_dir: Path, args: argparse.Namespace, curves: Curves, rows: list[Row], teacher: float) -> None:
     """``budgets.png``, ``result.json``, and last ``budgets.json``."""
     import io
 
     png = io.BytesIO()
     picture(curves, rows, teacher).savefig(png, format="png", dpi=110)
-    write_atomic(place / "budgets.png", png.getvalue())
+    write_atomic(out_dir / "budgets.png", png.getvalue())
     plainly = [
         {"tokens": row.tokens, "bytes": row.spent.bytes, "loss": row.loss, "window_loss": row.window_loss,
          "budgets": row.spent.switches.budgets} for row in rows
     ]  # fmt: skip
-    settings = {name: value for name, value in vars(told).items() if name != "out"}
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
     result = {"teacher_loss": teacher, "rows": plainly, "settings": settings}
-    write_atomic(place / "result.json", json.dumps(result, indent=1) + "\n")
-    write_atomic(place / "budgets.json", curves.model_dump_json(indent=1) + "\n")
+    write_atomic(out_dir / "result.json", json.dumps(result, indent=1) + "\n")
+    write_atomic(out_dir / "budgets.json", curves.model_dump_json(indent=1) + "\n")
 
 
 def picture(curves: Curves, rows: list[Row], teacher: float) -> "Figure":

@@ -154,14 +154,16 @@ def restore_params(stage_dir: Path, params: Any, which: str = "best") -> tuple[A
     if (damage := _damage(stage_dir, directory.name, step)) is not None:
         raise UserError(f"the {which} checkpoint in {stage_dir} is damaged: {damage}; train that stage again")
     with orbax_noise.failing_quietly(), ocp.PyTreeCheckpointer() as reader:
-        place = directory.resolve() / str(step) / "params"
-        shapes = {name: tuple(leaf.shape) for name, leaf in reader.metadata(place).item_metadata.items()}
+        path = directory.resolve() / str(step) / "params"
+        shapes = {name: tuple(leaf.shape) for name, leaf in reader.metadata(path).item_metadata.items()}
         wrong = [name for name, leaf in wanted.items() if shapes.get(name) != tuple(leaf.shape)]
         if wrong:
-            told = f"{', '.join(wrong[:3])}{' …' * (len(wrong) > 3)}"
-            raise UserError(f"{directory} does not hold {told} in the shape this model has; is it another model's run?")
+            names = f"{', '.join(wrong[:3])}{' …' * (len(wrong) > 3)}"
+            raise UserError(
+                f"{directory} does not hold {names} in the shape this model has; is it another model's run?"
+            )
         got = reader.restore(
-            place,
+            path,
             ocp.args.PyTreeRestore(
                 item={name: np.zeros(()) for name in wanted},
                 restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted},
@@ -195,10 +197,10 @@ def _set_damaged_aside(stage_dir: Path, kind: str) -> None:
     found = {step: damage for step, damage in looked.items() if damage is not None}
     whole = [step for step, damage in looked.items() if damage is None]
     if found and kind == "checkpoints" and not whole:
-        told = "; ".join(f"step {step}: {damage}" for step, damage in found.items())
+        reasons = "; ".join(f"step {step}: {damage}" for step, damage in found.items())
         raise UserError(
-            f"every checkpoint in {stage_dir} is damaged ({told}); name another --out, or remove {stage_dir} and begin "
-            "again"
+            f"every checkpoint in {stage_dir} is damaged ({reasons}); name another --out, or remove {stage_dir} and "
+            "begin again"
         )
     for step, damage in found.items():
         aside = stage_dir / "damaged" / f"{kind}-{step}"
@@ -233,11 +235,11 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
 def _abstract(tree: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     sizes = dict(mesh.shape)
 
-    def place(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    def path(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
         spec = sharding.partition_spec(name, leaf.shape, sizes)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
-    return {name: place(name, leaf) for name, leaf in named(tree).items()}
+    return {name: path(name, leaf) for name, leaf in named(tree).items()}
 
 
 def bytes_needed(items: Iterable[Any]) -> int:

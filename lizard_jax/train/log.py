@@ -119,10 +119,10 @@ class ProgressLine:
             self._bar = Progress(
                 TextColumn("stage {task.fields[stage]}"),
                 BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[told]}"),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[status]}"),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task("", total=total, completed=start, stage=stage, told="starting")
+            self._task = self._bar.add_task("", total=total, completed=start, stage=stage, status="starting")
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -135,12 +135,12 @@ class ProgressLine:
 
     def step(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
         """Show a finished step."""
-        told = f"loss {loss:.4g}  {count(tokens_per_second)} tokens/s  {clock(seconds_left)} left"
+        status = f"loss {loss:.4g}  {count(tokens_per_second)} tokens/s  {clock(seconds_left)} left"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, told=told)
+            self._bar.update(self._task, completed=step, status=status)
         elif self._shows and (time.monotonic() - self._last > PLAIN_SECONDS or step == self._total):
             self._last = time.monotonic()
-            self.say(f"stage {self._stage}  {step}/{self._total}  {told}")
+            self.say(f"stage {self._stage}  {step}/{self._total}  {status}")
 
     def say(self, line: str) -> None:
         """A line of its own, above the bar."""

@@ -102,9 +102,9 @@ class Trainer:
             UserError: loss or gradient stay not finite, or the disk is full; earlier checkpoints are intact.
         """
         try:
-            with _signals() as told, ProgressLine(self.config.stage, self.start, self.total, self._writes) as line:
+            with _signals() as signals, ProgressLine(self.config.stage, self.start, self.total, self._writes) as line:
                 self._line = line
-                self._steps(told)
+                self._steps(signals)
             self.log.flush()
         except OSError as error:
             if disk_full(error):
@@ -116,7 +116,7 @@ class Trainer:
             self.checkpoints.close()
         return self.state
 
-    def _steps(self, told: list[int]) -> None:
+    def _steps(self, signals: list[int]) -> None:
         state = self.state
         if self.start == self.total:
             self._line.say(f"{self.stage_dir} is complete at step {self.total}")
@@ -139,7 +139,7 @@ class Trainer:
             if pending is not None:
                 self._record(*pending)
             pending = (done, metrics, waited)
-            stop = _agreed(told, done)
+            stop = _agreed(signals, done)
             last = done == self.total
             validates = last or done % self.validate_every == 0
             saves = last or done % self.save_every == 0 or stop
@@ -211,7 +211,7 @@ class Trainer:
         if not math.isfinite(numbers["loss"]):
             self._diverged(step, f"held-out loss {numbers['loss']}")
         self.log.write({"step": step, "validation": numbers | {"seconds": time.monotonic() - began}})
-        self._line.say(f"stage {self.config.stage}  {step}/{self.total}  held-out {_told(numbers)}")
+        self._line.say(f"stage {self.config.stage}  {step}/{self.total}  held-out {_summary(numbers)}")
         if step > 0 and numbers["loss"] < self._best:
             self._best = numbers["loss"]
             self.checkpoints.save_best(step, self._kept(), self._best)
@@ -265,39 +265,39 @@ def _peak(config: RunConfig, model: Any, mesh: Mesh) -> float | None:
     return forward_flops(model.config, tokens) / (chip.flops * mesh.devices.size)
 
 
-def _told(numbers: dict[str, Any]) -> str:
-    told = f"loss {numbers['loss']:.4f}"
+def _summary(numbers: dict[str, Any]) -> str:
+    text = f"loss {numbers['loss']:.4f}"
     if "teacher_loss" in numbers:
-        told += f" (teacher {numbers['teacher_loss']:.4f})"
+        text += f" (teacher {numbers['teacher_loss']:.4f})"
     if "kl" in numbers:
-        told += f"  KL {numbers['kl']:.4f}"
+        text += f"  KL {numbers['kl']:.4f}"
     if numbers.get("layer_error"):
-        told += f"  layer error {np.mean(numbers['layer_error']):.4f}"
-    return told
+        text += f"  layer error {np.mean(numbers['layer_error']):.4f}"
+    return text
 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
     """Collects the signals that end a run into a list; the second one of a kind acts as usual."""
-    told: list[int] = []
+    received: list[int] = []
     usual: dict[int, Any] = {}
 
     def note(number: int, _: FrameType | None) -> None:
-        told.append(number)
+        received.append(number)
         signal.signal(number, usual[number])
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         usual[number] = signal.signal(number, note)
     try:
-        yield told
+        yield received
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
 
 
-def _agreed(told: list[int], step: int) -> int:
+def _agreed(received: list[int], step: int) -> int:
     """The signal to stop for, 0 for none; all hosts answer alike."""
-    mine = told[0] if told else 0
+    mine = received[0] if received else 0
     if jax.process_count() == 1:
         return mine
     if step % AGREE_EVERY:

@@ -102,11 +102,11 @@ def check(config: RunConfig) -> None:
         raise UserError(
             f"--out {config.out} is no folder; runs are written to a file system: mount the bucket, and name its folder"
         )
-    place = stage_dir(config).absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write the run to {stage_dir(config)}: {place} is not a directory that can be written")
+    path = stage_dir(config).absolute()
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write the run to {stage_dir(config)}: {path} is not a directory that can be written")
 
 
 def start_model(config: RunConfig, source: Path, mesh: Mesh | None = None) -> Llama:
@@ -145,10 +145,10 @@ def load_run(
     Raises:
         UserError: not a stage directory, no such checkpoint, or the teacher it belongs to is gone or has changed.
     """
-    place = Path(directory).expanduser()
-    record = checkpoint.read_json(place / "run.json")
+    path = Path(directory).expanduser()
+    record = checkpoint.read_json(path / "run.json")
     config = from_dict(RunConfig, record["config"])
-    source = find_teacher(place, record, None if teacher is None else str(teacher))
+    source = find_teacher(path, record, None if teacher is None else str(teacher))
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     if config.stage == 0:
@@ -159,8 +159,8 @@ def load_run(
         if config.stage == 2 and not config.full:
             add_lora(model, config.lora, nnx.Rngs(config.seed))
     widened(model, config)
-    held = nnx.state(model, checkpoint.kept(stages.trainable(config)))
-    params, _ = checkpoint.restore_params(place, held, which)
+    trained = nnx.state(model, checkpoint.kept(stages.trainable(config)))
+    params, _ = checkpoint.restore_params(path, trained, which)
     nnx.update(model, jax.tree.map(jnp.asarray, params))
     if mesh is not None:
         state = nnx.state(model)
@@ -187,9 +187,9 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
     config = continued(config, given)
     check(config)
     mesh = sharding.make_mesh(config.mesh)
-    place = stage_dir(config)
+    path = stage_dir(config)
     source = teacher_dir(config.teacher)
-    config = settled(config, given, begun(place), source, mesh)
+    config = settled(config, given, begun(path), source, mesh)
     record = _record(config, source)
     if config.stage == 2 and config.attention.adds_modules:
         first = checkpoint.read_json(stage_dir(config, 1) / "run.json")
@@ -197,12 +197,12 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
             raise UserError(
                 f"the teacher in {source} is not the one stage 1 in {stage_dir(config, 1)} was trained with"
             )
-    _check_same(place, record)
+    _check_same(path, record)
     tokenizer = load_tokenizer(source)
     # Every process reads the global batch and keeps its shards: right on any mesh, also where tensor crosses hosts.
     loader = Loader(config.data, tokenizer, vocab_size=record["model"]["vocab_size"])
     record["data"] = {"fingerprint": loader.fingerprint, "tokens": loader.num_tokens}
-    _check_same(place, record)
+    _check_same(path, record)
     if not any(batch.loss_mask.any() for batch in loader.held_out()):
         raise UserError(
             f"no token that {config.data.path} keeps for validation is scored, so nothing could be measured; keep more "
@@ -212,26 +212,26 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
         for note in filter(None, (half_done(config), short_text(config, loader))):
             print(note, file=sys.stderr, flush=True)
     model = start_model(config, source, mesh)
-    if config.stage == 1 and start.measures(config.attention) and not checkpoint.has_checkpoint(place):
+    if config.stage == 1 and start.measures(config.attention) and not checkpoint.has_checkpoint(path):
         found = measured(model, loader, mesh)
         if jax.process_index() == 0:
             print(found.summary(), file=sys.stderr, flush=True)
 
-    place.mkdir(parents=True, exist_ok=True)
-    with alone(place) if jax.process_index() == 0 else nullcontext():
+    path.mkdir(parents=True, exist_ok=True)
+    with alone(path) if jax.process_index() == 0 else nullcontext():
         if jax.process_index() == 0:
-            write_atomic(place / "run.json", json.dumps(record, indent=2) + "\n")
-        trainer = Trainer(config, model, loader, place, mesh)
+            write_atomic(path / "run.json", json.dumps(record, indent=2) + "\n")
+        trainer = Trainer(config, model, loader, path, mesh)
         del model
         state = trainer.run()
     if jax.process_index() != 0:
         return {}
     if config.stage == 0:
-        _export(config, source, place)
+        _export(config, source, path)
     sizes = {"trained": _size(state.trainable), "total": _size(state.trainable) + _size(state.frozen)}
     extra = {"parameters": sizes, "teacher_path": str(source), "data": record["data"]}
-    result = report.write(config, trainer.history, place, extra)
-    report.show(config, result, place)
+    result = report.write(config, trainer.history, path, extra)
+    report.show(config, result, path)
     return result
 
 
@@ -291,11 +291,11 @@ def _record(config: RunConfig, source: Path) -> dict[str, Any]:
     }
 
 
-def _check_same(place: Path, record: dict[str, Any]) -> None:
+def _check_same(path: Path, record: dict[str, Any]) -> None:
     """Refuse to resume a run of other settings, another teacher or other data."""
-    if not checkpoint.has_checkpoint(place):
+    if not checkpoint.has_checkpoint(path):
         return
-    old = checkpoint.read_json(place / "run.json")
+    old = checkpoint.read_json(path / "run.json")
     if old["config"]["stage"] == 2:
         old["config"].setdefault("kl", 0.0)  # a run from before there was one learned by next-token loss alone
     new_config = from_dict(RunConfig, record["config"])
@@ -306,16 +306,16 @@ def _check_same(place: Path, record: dict[str, Any]) -> None:
             changed.append(f"{name}: not the one this run was trained with")
     if changed:
         raise UserError(
-            f"{place} holds a run of other settings ({'; '.join(changed)}); "
+            f"{path} holds a run of other settings ({'; '.join(changed)}); "
             "repeat those it was started with, or name another --out"
         )
 
 
-def _export(config: RunConfig, source: Path, place: Path) -> None:
+def _export(config: RunConfig, source: Path, path: Path) -> None:
     """Stage 0's best parameters as an HF directory with the tokenizer, ``hf`` in the stage directory."""
-    target, staging = place / "hf", place / ".hf"
+    target, staging = path / "hf", path / ".hf"
     shutil.rmtree(staging, ignore_errors=True)
-    model, _ = load_run(place)
+    model, _ = load_run(path)
     save_hf(model, staging, source=None)
     carry(source, staging)
     shutil.rmtree(target, ignore_errors=True)

@@ -31,15 +31,15 @@ def stage_dir(config: RunConfig, stage: int | None = None) -> Path:
     return out / f"stage{config.stage if stage is None else stage}"
 
 
-def begun(place: Path) -> RunConfig | None:
+def begun(path: Path) -> RunConfig | None:
     """The settings of the run that a stage directory holds, if it holds one.
 
     Raises:
         UserError: they cannot be read.
     """
-    if not (place / "run.json").is_file():
+    if not (path / "run.json").is_file():
         return None
-    return from_dict(RunConfig, checkpoint.read_json(place / "run.json")["config"])
+    return from_dict(RunConfig, checkpoint.read_json(path / "run.json")["config"])
 
 
 def continued(config: RunConfig, given: frozenset[str]) -> RunConfig:
@@ -152,11 +152,11 @@ def with_budgets(
     """
     if not config.state_bytes or config.stage == 0:
         return config
-    told = sorted(given & {"attention.kept", "attention.budgets"})
-    if "state_bytes" not in given and (told or config.attention.memory == "all"):
+    named = sorted(given & {"attention.kept", "attention.budgets"})
+    if "state_bytes" not in given and (named or config.attention.memory == "all"):
         return override(config, {"state_bytes": ""})  # the recipe's own; what holds all tokens keeps no pairs beside
-    if told:
-        raise UserError(f"--state-bytes says what is kept; leave out --{told[0].removeprefix('attention.')}")
+    if named:
+        raise UserError(f"--state-bytes says what is kept; leave out --{named[0].removeprefix('attention.')}")
     if config.attention.budgets:
         return config
     names = ("budgets", "kept", "retrieval_window")

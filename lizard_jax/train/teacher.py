@@ -37,8 +37,8 @@ def whereabouts(name: str, stage_dir: Path) -> dict[str, str]:
     directory = Path(name).expanduser()
     if name == "embedded" or not directory.is_dir():
         return {"path": name}
-    place = directory.resolve()
-    return {"path": str(place), "relative": os.path.relpath(place, stage_dir.resolve())}
+    resolved = directory.resolve()
+    return {"path": str(resolved), "relative": os.path.relpath(resolved, stage_dir.resolve())}
 
 
 def find_teacher(stage_dir: Path, record: dict[str, Any], given: str | None = None) -> Path:
@@ -51,10 +51,10 @@ def find_teacher(stage_dir: Path, record: dict[str, Any], given: str | None = No
     Raises:
         UserError: there is none, or only others.
     """
-    told, mark = record["teacher"], record["teacher"]["fingerprint"]
-    names = [given] if given is not None else [told["path"], record["config"]["teacher"]]
-    if given is None and "relative" in told:
-        names.insert(1, str(stage_dir / told["relative"]))
+    kept, mark = record["teacher"], record["teacher"]["fingerprint"]
+    names = [given] if given is not None else [kept["path"], record["config"]["teacher"]]
+    if given is None and "relative" in kept:
+        names.insert(1, str(stage_dir / kept["relative"]))
     found, reason = [], None
     for name in dict.fromkeys(names):
         try:
@@ -71,4 +71,4 @@ def find_teacher(stage_dir: Path, record: dict[str, Any], given: str | None = No
         )
     if given is not None and isinstance(reason, UserError):
         raise reason
-    raise UserError(f"the teacher that {stage_dir} was trained with is not at {told['path']}; name it with --teacher")
+    raise UserError(f"the teacher that {stage_dir} was trained with is not at {kept['path']}; name it with --teacher")

@@ -61,11 +61,11 @@ def wandb_run(project: str, stage_dir: Path, settings: dict[str, Any]) -> Any:
     if not project:
         return None
     wandb: Any = importlib.import_module("wandb")
-    place = stage_dir / "wandb_id"
-    if not place.is_file():
-        write_atomic(place, secrets.token_hex(8))
+    file = stage_dir / "wandb_id"
+    if not file.is_file():
+        write_atomic(file, secrets.token_hex(8))
     name = "/".join(stage_dir.parts[-2:])
     try:
-        return wandb.init(project=project, id=place.read_text(), name=name, resume="allow", config=settings)
+        return wandb.init(project=project, id=file.read_text(), name=name, resume="allow", config=settings)
     except Exception as error:  # whatever its servers, keys and settings make it raise
         raise UserError(f"--wandb {project}: {' '.join(str(error).split())}") from None

@@ -156,8 +156,8 @@ def mapped_log_gate_attention(
         run = partition.spread(run, roles, (TOKENS, TOKENS, MEMORY), B, (S, K))
     y, n, state = run(*arrays, g, c, state, q_map, k_map)
     if segment_ids is not None:  # φ(0) is not 0
-        held = (segment_ids != 0)[..., None]
-        y, n = jnp.where(held[..., None], y, jnp.zeros((), y.dtype)), jnp.where(held, n, EMPTY)
+        real = (segment_ids != 0)[..., None]
+        y, n = jnp.where(real[..., None], y, jnp.zeros((), y.dtype)), jnp.where(real, n, EMPTY)
     return _asked(y.astype(v.dtype), n, state, return_log_normalizer, return_final_state)
 
 

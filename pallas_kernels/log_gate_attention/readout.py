@@ -57,9 +57,9 @@ def read(
     ``y = num / den`` (or ``num · e^m``) and ``n = m + log den``. Where ``den`` is zero they are 0 and -1e30, and their
     gradients 0.
     """
-    held = holds(den)
-    safe = jnp.where(held, den, 1.0)
-    n = jnp.where(held, m + jnp.log(safe), EMPTY)
+    nonempty = holds(den)
+    safe = jnp.where(nonempty, den, 1.0)
+    n = jnp.where(nonempty, m + jnp.log(safe), EMPTY)
     if normalize:
-        return _divide(jnp.where(held[..., None], num, 0.0), safe), n
+        return _divide(jnp.where(nonempty[..., None], num, 0.0), safe), n
     return unscale(num, m), n

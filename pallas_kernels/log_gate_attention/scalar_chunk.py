@@ -45,15 +45,15 @@ def decay(g: Float[Array, "B C K P"], c: Float[Array, "B C K P"], m: Float[Array
     M = jnp.maximum(jnp.max(jnp.where(there, sums.hi[..., None, :], EMPTY), -1), jnp.where(old, m[..., None], EMPTY))
     pair = jnp.exp(jnp.where(there, (sums.hi[..., None, :] - M[..., None]) + sums.lo[..., None, :], -jnp.inf))
     carried = jnp.exp(jnp.where(old, m[..., None] - M, -jnp.inf))
-    held = M > ABSENT
-    row = jnp.where(held, (M + sums.coarse) + sums.rest, EMPTY)
+    nonempty = M > ABSENT
+    row = jnp.where(nonempty, (M + sums.coarse) + sums.rest, EMPTY)
 
     # The next scale is rounded; what rounding took from it goes into the weights.
     last, past = M[..., -1], sums.coarse[..., -1]
     total = last + past
     lost = (last - (total - (total - last))) + (past - (total - last))
-    factor = jnp.exp(jnp.where(held[..., -1], lost + sums.rest[..., -1], 0.0))
-    m_next = jnp.where(held[..., -1], total, EMPTY)
+    factor = jnp.exp(jnp.where(nonempty[..., -1], lost + sums.rest[..., -1], 0.0))
+    m_next = jnp.where(nonempty[..., -1], total, EMPTY)
     return Decay(pair, carried, row, pair[..., -1, :] * factor[..., None], carried[..., -1] * factor, m_next)
 
 
@@ -111,8 +111,8 @@ def backward(
     on_values = jnp.einsum("bkpirh,bjkh->bkpirj", dy, v, precision=precision)
     on_state = jnp.einsum("bkpirh,bkpfh->bkpirf", dy, state.kv, precision=precision)
     den = jnp.sum(scores, -1) + reads_z
-    held = holds(den)
-    inverse = jnp.where(held, 1.0 / jnp.where(held, den, 1.0), 0.0)
+    nonempty = holds(den)
+    inverse = jnp.where(nonempty, 1.0 / jnp.where(nonempty, den, 1.0), 0.0)
     if normalize:
         reads_kv = carried * jnp.einsum("bikprf,bkpirf->bkpir", q, on_state, precision=precision)
         y_dy = (jnp.sum(scores * on_values, -1) + reads_kv) * inverse

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 def borders(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     """Where a document starts that is not the first: the last id before it that is not 0 exists and differs."""
-    held = segment_ids != 0
-    index = jnp.where(held, jnp.arange(segment_ids.shape[1]), -1)
+    real = segment_ids != 0
+    index = jnp.where(real, jnp.arange(segment_ids.shape[1]), -1)
     latest = jax.lax.cummax(index, axis=1)
     before = jnp.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     previous = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
-    return held & (before >= 0) & (previous != segment_ids)
+    return real & (before >= 0) & (previous != segment_ids)
 
 
 def apply_segments(

@@ -32,7 +32,7 @@ def _attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B P M K H"],
     v: Float[Array, "B P M K H"],
-    met: Bool[Array, "B T M"],
+    visible: Bool[Array, "B T M"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Dense softmax over the meta tokens that each query meets, unrounded; P is 1 or T."""
     (B, T, N, H), (P, M, K) = q.shape, k.shape[1:4]
@@ -41,7 +41,7 @@ def _attend(
     grouped = q.reshape(B, P, T // P, K, N // K, H)
     s = jnp.einsum("bptkgh,bpmkh->bptkgm", grouped, k, precision=precision, preferred_element_type=wide)
     s = s.reshape(B, T, N, M) * jnp.asarray(H**-0.5, wide)
-    seen = met[:, :, None]
+    seen = visible[:, :, None]
     top = lax.stop_gradient(jnp.max(jnp.where(seen, s, EMPTY), axis=-1))
     weights = jnp.where(seen, jnp.exp(jnp.where(seen, s - top[..., None], 0.0)), 0.0)
     total = jnp.sum(weights, axis=-1)
@@ -63,8 +63,8 @@ def attend_learned(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Attention to M trained pairs, which every query that is not padding meets without rotation."""
     shape = (q.shape[0], 1, *k.shape)
-    met = jnp.broadcast_to((q_segments != 0)[..., None], (*q_segments.shape, k.shape[0]))
-    return _attend(q, jnp.broadcast_to(k, shape).astype(q.dtype), jnp.broadcast_to(v, shape), met)
+    visible = jnp.broadcast_to((q_segments != 0)[..., None], (*q_segments.shape, k.shape[0]))
+    return _attend(q, jnp.broadcast_to(k, shape).astype(q.dtype), jnp.broadcast_to(v, shape), visible)
 
 
 def attend_prefix(
@@ -87,8 +87,9 @@ def attend_prefix(
         frequencies = frequencies.astype(accumulator(q.dtype))
         q = rotate(q, *tables(frequencies, jnp.minimum(positions, window + tokens - 1 if last is None else last)))
         k = rotate(k, *tables(frequencies, jnp.arange(tokens)))
-    met = (jnp.arange(tokens, dtype=positions.dtype) <= positions[..., None] - window) & (q_segments != 0)[..., None]
-    return _attend(q, k, v, met)
+    gone = jnp.arange(tokens, dtype=positions.dtype) <= positions[..., None] - window
+    visible = gone & (q_segments != 0)[..., None]
+    return _attend(q, k, v, visible)
 
 
 def beside(

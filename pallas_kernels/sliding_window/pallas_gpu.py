@@ -122,15 +122,15 @@ def _turned(tile: _Tile, x: _Halves, angles, back: bool = False) -> _Halves:
     return turned if back else _Halves(*(part.astype(tile.plan.dtype) for part in turned))
 
 
-def _met(q_places, k_places, q_segments, k_segments, W: int) -> Bool[Array, "rows columns"]:
+def _visible(q_places, k_places, q_segments, k_segments, W: int) -> Bool[Array, "rows columns"]:
     """Of queries and keys, one as rows and one as columns; where there is none its segment is 0."""
     ahead = k_places - q_places
     return (ahead > 0) & (ahead <= W) & (q_segments == k_segments) & (q_segments != 0)
 
 
-def _weights(s, met, n) -> Float[Array, "rows columns"]:
+def _weights(s, visible, n) -> Float[Array, "rows columns"]:
     """``e^(s - n)`` where they meet; masked before exp."""
-    return jnp.where(met, jnp.exp(jnp.where(met, s - n, 0.0)), 0.0)
+    return jnp.where(visible, jnp.exp(jnp.where(visible, s - n, 0.0)), 0.0)
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
@@ -153,10 +153,12 @@ def _forward_kernel(q_ref, k_ref, v_ref, q_ids, k_ids, sink_ref, *refs, plan: _P
         top, total, y = carry
         keys = _Tile(plan, b, at * WALK, plan.W + plan.T, WALK)
         k = _turned(keys, keys.head(k_ref, head), angles[2:])
-        met = _met(queries.places[:, None], keys.places[None, :], ids[:, None], keys.load(k_ids)[None, :], plan.W)
+        visible = _visible(
+            queries.places[:, None], keys.places[None, :], ids[:, None], keys.load(k_ids)[None, :], plan.W
+        )
         s = q.dot(k) * plan.H**-0.5
-        higher = jnp.maximum(top, jnp.max(jnp.where(met, s, EMPTY), 1))
-        weights = _weights(s, met, higher[:, None])
+        higher = jnp.maximum(top, jnp.max(jnp.where(visible, s, EMPTY), 1))
+        weights = _weights(s, visible, higher[:, None])
         lower = jnp.exp(top - higher)
         added = keys.head(v_ref, head).weigh(weights.astype(plan.dtype))
         return higher, total * lower + jnp.sum(weights, 1), y.times(lower[:, None]).plus(added)
@@ -183,8 +185,10 @@ def _queries_kernel(q_ref, k_ref, v_ref, q_ids, k_ids, dy_ref, n_ref, shift_ref,
     def body(at, dq: _Halves) -> _Halves:
         keys = _Tile(plan, b, at * WALK, plan.W + plan.T, WALK)
         k = _turned(keys, keys.head(k_ref, head), angles[2:])
-        met = _met(queries.places[:, None], keys.places[None, :], ids[:, None], keys.load(k_ids)[None, :], plan.W)
-        p = _weights(q.dot(k) * plan.H**-0.5, met, normalizer[:, None])
+        visible = _visible(
+            queries.places[:, None], keys.places[None, :], ids[:, None], keys.load(k_ids)[None, :], plan.W
+        )
+        p = _weights(q.dot(k) * plan.H**-0.5, visible, normalizer[:, None])
         ds = p * (dy.dot(keys.head(v_ref, head)) + shift[:, None])
         return dq.plus(k.weigh(ds.astype(plan.dtype)))
 
@@ -201,13 +205,15 @@ def _keys_kernel(q_ref, k_ref, v_ref, q_ids, k_ids, dy_ref, n_ref, shift_ref, *r
 
     def body(at, carry):
         queries = _Tile(plan, b, at * WALK, plan.T, WALK)
-        met = _met(queries.places[None, :], keys.places[:, None], queries.load(q_ids)[None, :], ids[:, None], plan.W)
+        visible = _visible(
+            queries.places[None, :], keys.places[:, None], queries.load(q_ids)[None, :], ids[:, None], plan.W
+        )
 
         def read(r, carry):
             dk, dv = carry
             n = head * rows + r
             q, dy = _turned(queries, queries.head(q_ref, n), angles[:2]), queries.head(dy_ref, n)
-            p = _weights(k.dot(q) * plan.H**-0.5, met, queries.load(n_ref, n)[None, :])
+            p = _weights(k.dot(q) * plan.H**-0.5, visible, queries.load(n_ref, n)[None, :])
             ds = p * (v.dot(dy) + queries.load(shift_ref, n)[None, :])
             return dk.plus(q.weigh(ds.astype(plan.dtype))), dv.plus(dy.weigh(p.astype(plan.dtype)))
 
@@ -276,9 +282,9 @@ def _backward(q, k, v, q_segments, k_segments, sink, frequencies, window: int, y
     return _join(dq, plan), _join(dk, plan), _join(dv, plan), dsink.astype(sink.dtype)
 
 
-def cannot_run(problem: Problem, place: target.Target) -> str | None:
+def cannot_run(problem: Problem, device: target.Target) -> str | None:
     """Why these kernels cannot compute a problem on a target, in one line; None where they can."""
-    return PALLAS_GPU.refusal(place, problem.dtype, H=problem.H)
+    return PALLAS_GPU.refusal(device, problem.dtype, H=problem.H)
 
 
 IMPLEMENTATION = Implementation(differentiable(_forward, _backward), cannot_run)

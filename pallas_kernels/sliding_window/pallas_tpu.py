@@ -158,7 +158,7 @@ class _Tile(NamedTuple):
 
     queries: slice
     keys: slice
-    met: Array
+    visible: Array
 
 
 def _tile(layout: _Layout, q_segments, k_segments, r: int) -> _Tile:
@@ -208,7 +208,7 @@ def _window_forward(layout: _Layout, turned: bool, sink, *refs):
 
     def weigh(item: int, s: Array) -> tuple[Array, Array, Array]:
         tile, g = tiles[item // layout.G], item % layout.G
-        s = jnp.where(tile.met, s * scale, EMPTY)
+        s = jnp.where(tile.visible, s * scale, EMPTY)
         logit = jnp.where(q_segments[:, tile.queries] != 0, sink[head, g], EMPTY)
         top = jnp.maximum(jnp.max(s, axis=0, keepdims=True), logit)
         top = jnp.maximum(top, ABSENT)  # so that what is absent weighs 0 where all is
@@ -260,7 +260,7 @@ def _window_backward(layout: _Layout, turned: bool, sink, *refs):
         def turn_back(item: int, met: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array]:
             (tile, g, _, _), (query, cotangent, s, dp) = place(item), met
             normalizer = n[g : g + 1, tile.queries]
-            p = jnp.where(tile.met, jnp.exp(s * scale - normalizer), 0.0)
+            p = jnp.where(tile.visible, jnp.exp(s * scale - normalizer), 0.0)
             gain = dn[g : g + 1, tile.queries] - jnp.sum(p * dp, axis=0, keepdims=True)
             ds = (p * (dp + gain)).astype(q.dtype)
             share = jnp.where(normalizer > ABSENT, jnp.exp(sink[head, g] - normalizer), 0.0)

@@ -89,14 +89,14 @@ def attend(
     row, column = jnp.arange(block)[:, None], jnp.arange(window + block)[None, :]
     band = (column > row) & (column <= row + window)
     same = (q_segments[..., :, None] == k_segments[..., None, :]) & (q_segments[..., :, None] != 0)
-    met = (band & same)[:, :, None, None]
+    visible = (band & same)[:, :, None, None]
     s = jnp.einsum("bckqh,bckjh->bckqj", q, k, precision=precision, preferred_element_type=wide)
     s = s.reshape(B, count, K, N // K, block, -1) * jnp.asarray(H**-0.5, wide)
     sinks = jnp.where((q_segments != 0)[:, :, None, None], sink.astype(wide).reshape(K, N // K, 1), EMPTY)
-    top = lax.stop_gradient(jnp.maximum(jnp.max(jnp.where(met, s, EMPTY), axis=-1), sinks))
+    top = lax.stop_gradient(jnp.maximum(jnp.max(jnp.where(visible, s, EMPTY), axis=-1), sinks))
 
     # Masked before exp: a masked score may be far above the row's maximum.
-    weights = jnp.where(met, jnp.exp(jnp.where(met, s - top[..., None], 0.0)), 0.0)
+    weights = jnp.where(visible, jnp.exp(jnp.where(visible, s - top[..., None], 0.0)), 0.0)
     sunk = sinks > ABSENT
     total = jnp.sum(weights, axis=-1) + jnp.where(sunk, jnp.exp(jnp.where(sunk, sinks - top, 0.0)), 0.0)
     there = total > 0

@@ -88,9 +88,9 @@ def test_every_odd_tensor_is_named_at_once(broken):
     tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(3, 5)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         load_hf(broken)
-    message = str(told.value)
+    message = str(caught.value)
     assert "\n" not in message
     for words in (
         "missing: ", "model.layers.1.mlp.up_proj.weight", "model.norm.weight",
@@ -191,9 +191,9 @@ def test_bin_files_run_nothing_and_need_torch(broken, monkeypatch, capsys):
 )
 def test_what_a_config_asks_and_we_have_not_is_named(changes, words, broken):
     change_config(broken, **changes)
-    with pytest.raises(UserError, match=words) as told:
+    with pytest.raises(UserError, match=words) as caught:
         load_hf(broken)
-    assert str(broken) in str(told.value)
+    assert str(broken) in str(caught.value)
 
 
 def test_new_modules_that_do_not_fit_are_named(llama, tmp_path):

@@ -112,8 +112,8 @@ def test_the_command_leaves_pictures_generations_and_numbers(checkpoint, linear,
     arguments += ["--data", str(tmp_path / "scored.txt"), "--show", str(text)]
     arguments += ["--prompt-tokens", "5", "--max-new-tokens", "6", "--heads", "2", "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
-    told = capsys.readouterr().out
-    assert "top-1 agreement" in told.splitlines()[-1]
+    printed = capsys.readouterr().out
+    assert "top-1 agreement" in printed.splitlines()[-1]
     names = {"result.json", "layers.png", "attention_layer0.png", "attention_layer1.png", "generations.md"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
     result = json.loads((tmp_path / "out" / "result.json").read_text())
@@ -143,10 +143,10 @@ def test_bad_input_is_one_line(checkpoint, linear, text, tmp_path, capsys):
         (["--teacher", str(checkpoint[0]), "--data", str(tmp_path / "none.txt")], "no data at"),
     ):
         assert main(["fidelity", str(linear), "--data", str(text), *arguments]) == 2
-        told = capsys.readouterr()
-        assert (told.out, told.err.count("\n")) == ("", 1)
-        assert told.err.startswith("error: ")
-        assert words in told.err
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err.count("\n")) == ("", 1)
+        assert printed.err.startswith("error: ")
+        assert words in printed.err
 
 
 def test_the_drawn_text():

@@ -184,7 +184,7 @@ def test_bad_input_is_one_line(checkpoint, tmp_path, capsys):
         (["--data", good, "--out", str(tmp_path / "file")], "cannot write results"),
     ):
         assert main(["perplexity", str(checkpoint[0]), *arguments]) == 2
-        told = capsys.readouterr()
-        assert (told.out, told.err.count("\n")) == ("", 1)
-        assert told.err.startswith("error: ")
-        assert words in told.err
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err.count("\n")) == ("", 1)
+        assert printed.err.startswith("error: ")
+        assert words in printed.err

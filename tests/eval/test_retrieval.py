@@ -374,10 +374,10 @@ def test_a_command_leaves_table_picture_and_result(flags, picture, tmp_path, cap
 )
 def test_what_cannot_be_made_is_one_line(flags, words, capsys):
     assert command.main([flags[0], str(teacher_path()), *flags[1:]]) == 2
-    told = capsys.readouterr().err.strip().splitlines()
-    assert len(told) == 1
-    assert told[0].startswith("error: ")
-    assert words in told[0]
+    message = capsys.readouterr().err.strip().splitlines()
+    assert len(message) == 1
+    assert message[0].startswith("error: ")
+    assert words in message[0]
 
 
 def test_tokens_that_the_model_lacks_are_refused():

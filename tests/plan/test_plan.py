@@ -95,12 +95,12 @@ def test_a_deep_model_is_planned_from_shallow_ones():
 def test_the_command_says_what_fits_and_what_it_costs(capsys):
     line = "--plan v5e-4 --plan-layers 1,2 --price 1.2 --window 16 --sequence-length 64 --batch-size 4 --mesh-fsdp 4"
     assert train.main(["--stage=1", "--tokens=25600", *line.split()]) == 0
-    told = capsys.readouterr().out
-    assert "1 x 4 x 1" in told
-    assert " yes " in told
-    assert "best: --mesh-data=1 --mesh-fsdp=4 --mesh-tensor=1 --batch-size=4" in told
-    assert "100 steps" in told
-    assert "at 1.2 USD a device-hour" in told
+    printed = capsys.readouterr().out
+    assert "1 x 4 x 1" in printed
+    assert " yes " in printed
+    assert "best: --mesh-data=1 --mesh-fsdp=4 --mesh-tensor=1 --batch-size=4" in printed
+    assert "100 steps" in printed
+    assert "at 1.2 USD a device-hour" in printed
 
 
 @pytest.mark.parametrize(

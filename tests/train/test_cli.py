@@ -84,9 +84,9 @@ def test_malformed_lines_are_one_line_and_code_2(line, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.parse(line.split())
     assert stopped.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
 
 
 def test_help_shows_every_flag_with_the_recipes_default(capsys):

@@ -27,10 +27,10 @@ from tests.jitted import logits
 def test_linearize_writes_a_student_that_was_not_trained(tmp_path):
     """The embedded teacher: its weights untouched, a start measured on its own text, and a loss near its own."""
     teacher = load_hf(teacher_path())
-    told = convert.linearize(
+    summary = convert.linearize(
         str(teacher_path()), str(tmp_path / "student"), preset="lizard", window=32, data="embedded", length=256
     )
-    assert "memory's share" in told
+    assert "memory's share" in summary
     student = load_hf(tmp_path / "student")
     assert student.config.attention is not None
     assert student.config.attention.window == 32
@@ -60,8 +60,8 @@ def test_linearize_writes_a_student_that_was_not_trained(tmp_path):
     ],
 )
 def test_what_is_not_said_is_the_best_that_is_known_without_training(line, wanted):
-    told = convert.untrained(convert.arguments().parse_args(["linearize", "teacher", "student", *line.split()]))
-    assert (told.memory, told.state_bytes, told.heads) == wanted
+    args = convert.untrained(convert.arguments().parse_args(["linearize", "teacher", "student", *line.split()]))
+    assert (args.memory, args.state_bytes, args.heads) == wanted
 
 
 def test_the_command_alone_makes_the_best_student(tmp_path, monkeypatch, capsys):
@@ -69,13 +69,13 @@ def test_the_command_alone_makes_the_best_student(tmp_path, monkeypatch, capsys)
     student, line = tmp_path / "student", "--window 16 --sequence-length 128 --state-bytes 48tokens"
     monkeypatch.setattr("sys.argv", ["convert.py", "linearize", str(teacher_path()), str(student), *line.split()])
     assert convert.main() == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     attention = load_hf(student).config.attention
     assert attention is not None
     assert (attention.memory, len(attention.softmax_heads)) == ("none", 1)
     assert 16 < attention.retrieval_window < 48 * 12
-    assert f"of the key heads 1 exact for {attention.retrieval_window} tokens, " in told
-    assert "at any length" in told
+    assert f"of the key heads 1 exact for {attention.retrieval_window} tokens, " in printed
+    assert "at any length" in printed
     assert not (student / "lizard.safetensors").exists()
 
 
@@ -88,11 +88,11 @@ def test_linearize_refuses_texts_that_never_leave_the_window(tmp_path):
 
 
 def test_a_window_alone_is_written_and_read_without_new_modules(tmp_path):
-    told = convert.linearize(
+    summary = convert.linearize(
         str(teacher_path()), str(tmp_path / "student"), preset="lizard", window=48, data="embedded", length=256,
         memory="none",
     )  # fmt: skip
-    assert "share" not in told
+    assert "share" not in summary
     assert not (tmp_path / "student" / "lizard.safetensors").exists()
     student, teacher = load_hf(tmp_path / "student"), load_hf(teacher_path())
     ids = jnp.arange(40, dtype=jnp.int32)[None]
@@ -105,12 +105,12 @@ def test_a_student_with_exact_heads_is_written_read_and_goes_on(tmp_path, reach,
     """By a ranking's file: through a directory, a text beyond its first cache, and a conversation's file."""
     ranking = choice.ranking("retrieval", np.asarray([[0.1, 0.2]] * 5 + [[0.0, 0.3]]))
     (tmp_path / "heads.json").write_text(choice.text(ranking))
-    told = convert.linearize(
+    summary = convert.linearize(
         str(teacher_path()), str(tmp_path / "split"), preset="lizard", window=16, data="embedded", length=256,
         memory="none", heads=f"{tmp_path / 'heads.json'}:2", retrieval_window=reach, kept=kept,
     )  # fmt: skip
     # Bytes of the fp32 state, by hand: rings and first tokens of 12 key heads, two of them exact, and pairs.
-    assert ("at any length" in told) == bool(reach)
+    assert ("at any length" in summary) == bool(reach)
     student = lizard_jax.load(tmp_path / "split")
     token, short, layers = 2 * 32 * 4, 10, 6
     rings = short * (16 + 4) * token + (2 * (reach + 4) * token if reach else 2 * 8192 * token)

@@ -169,9 +169,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_several_stop_the_run(tmp_path,
                 batch.inputs[0, 0] = token
             return batch
 
-    with pytest.raises(UserError, match=r"diverged at step 8.*checkpoint of step 6 is kept") as told:
+    with pytest.raises(UserError, match=r"diverged at step 8.*checkpoint of step 6 is kept") as caught:
         _trainer(tmp_path, Bad(CONFIG.data)).run()
-    assert ("loss nan" in str(told.value)) == (bad == "loss")
+    assert ("loss nan" in str(caught.value)) == (bad == "loss")
     first, *_, last = (_saved(tmp_path, step) for step in (4, 6))
     assert all(np.isfinite(value).all() for value in last.values())
     counts = [int(saved["step"]) for saved in (first, last)]
@@ -199,9 +199,9 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(undisturbed, tm
     checkpoints = Checkpoints(run)
     assert checkpoints.latest_step() == 6
     checkpoints.close()
-    told = capsys.readouterr().err
-    assert "warning: the checkpoint of step 8 is damaged (" in told
-    assert told.endswith("; going on from step 6\n")
+    message = capsys.readouterr().err
+    assert "warning: the checkpoint of step 8 is damaged (" in message
+    assert message.endswith("; going on from step 6\n")
     if (part, kind) == ("params", "a byte"):
         _trainer(run).run()
         _same_run(run, undisturbed)

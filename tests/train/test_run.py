@@ -290,8 +290,8 @@ def test_a_stage_1_that_was_cut_off_is_told(first, line, tmp_path, capsys):
     shutil.copytree(first / "stage1", tmp_path / "stage1")
     (tmp_path / "stage1" / "result.json").unlink()
     assert train.main(["--stage=2", *line, "--steps", "1", "--out", str(tmp_path)]) == 0
-    told = capsys.readouterr().err
-    assert f"warning: stage 1 in {tmp_path / 'stage1'} did not come to its end" in told
+    message = capsys.readouterr().err
+    assert f"warning: stage 1 in {tmp_path / 'stage1'} did not come to its end" in message
 
 
 def test_stage_0_exports_a_teacher(line, tmp_path):
@@ -437,9 +437,9 @@ def test_a_window_alone_has_no_stage_1_and_starts_with_stage_2(line, tmp_path, c
 
 def test_stage_1_says_what_it_starts_from_and_warns_of_short_documents(line, text, tmp_path, capsys):
     assert train.main(["--stage=1", *line, "--out", str(tmp_path / "a")]) == 0
-    told = capsys.readouterr().err
-    assert "memory's share" in told
-    assert "warning" not in told
+    message = capsys.readouterr().err
+    assert "memory's share" in message
+    assert "warning" not in message
     # The documents have some 80 tokens: under a window as long as the sequence nothing is left to remember.
     given = {"attention.window": 32, "data.path": str(text), "data.sequence_length": 32, "data.held_out": 0.1}
     config = override(load_recipe("tiny", 1), given)

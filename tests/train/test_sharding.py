@@ -92,5 +92,5 @@ def test_a_launch_of_many_processes_is_joined_and_no_other(monkeypatch, capsys, 
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **more: joined.append(args))
     sharding.start_distributed()
     assert bool(joined) == joins
-    told = capsys.readouterr().err
-    assert (note in told) if note else (told == "")
+    message = capsys.readouterr().err
+    assert (note in message) if note else (message == "")

@@ -117,10 +117,10 @@ def attend_mapped(
     return _padded(q, k, v, g, c, state, (q_map, k_map), act, True, chunk)
 
 
-def cannot_run(problem: Problem, place: target.Target) -> str | None:
+def cannot_run(problem: Problem, device: target.Target) -> str | None:
     """Why these kernels cannot compute a problem on a target, in one line; None where they can."""
     sizes = {"F": problem.F, "H": problem.H, "X": problem.width}
-    return PALLAS_GPU.refusal(place, problem.dtype, vector_gates=problem.vector_gates, **sizes)
+    return PALLAS_GPU.refusal(device, problem.dtype, vector_gates=problem.vector_gates, **sizes)
 
 
 IMPLEMENTATION = Implementation(attend, attend_mapped, cannot_run)

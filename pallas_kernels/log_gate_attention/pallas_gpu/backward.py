@@ -84,12 +84,12 @@ def _queries_kernel(
             on_state.append(times_state(chunk, dy_ref, n, kv_ref, (b, s, i, p)))
             den += decay.carried * jnp.sum(wide * z_ref[b, s, i, p][None, :], 1)
             y_dy += decay.carried * jnp.sum(wide * on_state[p], 1)
-        held = den > SMALLEST
-        inverse = jnp.where(held, 1.0 / jnp.where(held, den, 1.0), 0.0)
+        nonempty = den > SMALLEST
+        inverse = jnp.where(nonempty, 1.0 / jnp.where(nonempty, den, 1.0), 0.0)
         if plan.normalize:
             on_sum, on_weight = inverse, (dn - y_dy * inverse) * inverse
         else:
-            half = jnp.where(decay.held, jnp.exp(0.5 * decay.m), 0.0)
+            half = jnp.where(decay.nonempty, jnp.exp(0.5 * decay.m), 0.0)
             on_sum, on_weight = half * half, dn * inverse
         chunk.store(a_ref, on_sum, n)
         chunk.store(b_ref, on_weight, n)

@@ -44,7 +44,7 @@ class Decay(NamedTuple):
 
     pair: Float[Array, "C C"]
     carried: Float[Array, " C"]
-    held: Bool[Array, " C"]
+    nonempty: Bool[Array, " C"]
     m: Float[Array, " C"]
 
 
@@ -57,8 +57,8 @@ def decay_of(e: Exponents, m: Float[Array, ""]) -> Decay:
     exponent = (e.hi[None, :] - M[:, None]) + e.lo[None, :]
     pair = jnp.where(there, jnp.exp(jnp.where(there, exponent, 0.0)), 0.0)
     carried = jnp.where(old, jnp.exp(jnp.where(old, m - M, 0.0)), 0.0)
-    held = M > ABSENT
-    return Decay(pair, carried, held, jnp.where(held, (M + e.coarse) + e.rest, EMPTY))
+    nonempty = M > ABSENT
+    return Decay(pair, carried, nonempty, jnp.where(nonempty, (M + e.coarse) + e.rest, EMPTY))
 
 
 class Next(NamedTuple):
@@ -86,5 +86,5 @@ def next_of(e: Exponents, gate: Float[Array, " C"], m: Float[Array, ""]) -> Next
 
 def unscale(x: Float[Array, "C H"], decay: Decay) -> Float[Array, "C H"]:
     """``x · e^m`` in two halves, so that only a result out of range overflows; 0 where there is no memory."""
-    half = jnp.where(decay.held, jnp.exp(0.5 * decay.m), 0.0)[:, None]
+    half = jnp.where(decay.nonempty, jnp.exp(0.5 * decay.m), 0.0)[:, None]
     return x * half * half

@@ -41,14 +41,14 @@ def _forward_kernel(q_ref, k_ref, v_ref, g_ref, c_ref, kv_ref, z_ref, m_ref, *re
             weights = sum_of(dot(a, b, (1, 1)) for a, b in zip(q.parts, k, strict=True)) * decay.pair
             on_z = sum_of(jnp.sum(a.astype(jnp.float32) * z[None, :], 1) for a, z in zip(q.parts, state.z, strict=True))
             den = jnp.sum(weights, 1) + decay.carried * on_z
-            held = den > SMALLEST
-            safe = jnp.where(held, den, 1.0)
+            nonempty = den > SMALLEST
+            safe = jnp.where(nonempty, den, 1.0)
             normalizer = decay.m + jnp.log(safe)
             normalizer = normalizer if q.scale is None else normalizer + q.scale
-            chunk.store(n_ref, jnp.where(held, normalizer, EMPTY), n)
+            chunk.store(n_ref, jnp.where(nonempty, normalizer, EMPTY), n)
             on_state = sum_of(dot(a, kv.astype(a.dtype), (1, 1)) for a, kv in zip(q.parts, state.kv, strict=True))
             num = decay.carried[:, None] * on_state + dot(weights.astype(v.dtype), v)
-            y = jnp.where(held[:, None], num / safe[:, None], 0.0) if plan.normalize else unscale(num, decay)
+            y = jnp.where(nonempty[:, None], num / safe[:, None], 0.0) if plan.normalize else unscale(num, decay)
             chunk.store(y_ref, y, n, columns)
             return carry
 

@@ -126,8 +126,8 @@ def rows_kernel(
     reads = tl.load(reads_ptr + at * C + i)
     w = qk * decays
     den = tl.sum(w, 1) + reads * reads_z
-    held = rows_in & (den > SMALLEST)
-    over = tl.where(held, 1.0 / tl.where(held, den, 1.0), 0.0)
+    nonempty = rows_in & (den > SMALLEST)
+    over = tl.where(nonempty, 1.0 / tl.where(nonempty, den, 1.0), 0.0)
     dn = tl.load(dn_ptr + first_row + row, mask=rows_in, other=0.0)
     if NORMALIZE:
         a = over

@@ -87,16 +87,16 @@ def states_kernel(
 def write_outputs(
     y_ptr, n_ptr, row, kept, h, num, den, own, first, H: tl.constexpr, NORMALIZE: tl.constexpr
 ):  # fmt: skip
-    held = den > SMALLEST
-    safe = tl.where(held, den, 1.0)
+    nonempty = den > SMALLEST
+    safe = tl.where(nonempty, den, 1.0)
     if NORMALIZE:
-        y = num * tl.where(held, 1.0 / safe, 0.0)[:, None]
+        y = num * tl.where(nonempty, 1.0 / safe, 0.0)[:, None]
     else:
         half = unscale(own)[:, None]
         y = num * half * half
     store_tile(y_ptr, row, h, kept, y, H)
     if first:
-        tl.store(n_ptr + row, tl.where(held, own + tl.log(safe), EMPTY), mask=kept)
+        tl.store(n_ptr + row, tl.where(nonempty, own + tl.log(safe), EMPTY), mask=kept)
 
 
 @triton.jit

@@ -123,12 +123,12 @@ def window_forward(
         )
         value = tl.dot(weight.to(values.dtype), values, value * shrink[:, None], input_precision="ieee")
 
-    met = (q_segment != 0) & (total > 0.0)
-    total = tl.where(met, total, 1.0)
-    value = tl.where(met[:, None], value / total[:, None], 0.0)
+    visible = (q_segment != 0) & (total > 0.0)
+    total = tl.where(visible, total, 1.0)
+    value = tl.where(visible[:, None], value / total[:, None], 0.0)
     out = (token[:, None] * N + q_head[:, None]) * WIDTH + wide[None, :]
     tl.store(y + out, value.to(y.dtype.element_ty), mask=inside[:, None] & wide_real[None, :])
-    tl.store(n + token * N + q_head, tl.where(met, (top + tl.log2(total)) * LN2, EMPTY), mask=inside)
+    tl.store(n + token * N + q_head, tl.where(visible, (top + tl.log2(total)) * LN2, EMPTY), mask=inside)
 
 
 @triton.jit
