@@ -3,10 +3,11 @@
     uv run benchmarks/generation.py --teacher DIR --student DIR
     uv run benchmarks/generation.py --student DIR --long 200000
 
-First form: contexts of 1k and up, for 1 and for 16 rows. A context of random tokens is read in chunks, then its state
-stands for every row, and tokens are drawn in blocks of 32 from all contexts in turn, so that the machine's moods fall
-on all alike; medians. The teacher's cache holds the context and what is written, up to the next 512, and the teacher
-stops at ``--teacher-limit``. Memory is that of the state: the student's is fixed, a cache holds every token.
+First form: contexts of 1k and up, for 1 and for 16 rows. A context of random tokens is read in chunks, once, by what
+was compiled before; then its state stands for every row, and tokens are drawn in blocks of 32 from all contexts in
+turn, so that the machine's moods fall on all alike; medians. The teacher's cache holds the context and what is written,
+up to the next 512, and the teacher stops at ``--teacher-limit``. Memory is that of the state: the student's is fixed, a
+cache holds every token.
 
 Second form: that many tokens in one go, from a prompt of one token. Times by position, and the bytes of all arrays that
 live on the device, which must not change.
@@ -66,7 +67,10 @@ def timed_blocks(carry: decode.Carry, model: Llama, blocks: int) -> tuple[decode
 def read_context(model: Llama, length: int, new: int) -> tuple[Any, float]:
     """Logits and state of one row after a context of random tokens, and the seconds its prefill took."""
     tokens = np.random.default_rng(length).integers(0, model.config.vocab_size, length).tolist()
-    state = model.init_state(1, decode.capacity([length], new))
+    size = decode.capacity([length], new)
+    for width in {width for _, width in decode.chunks([length], decode.PREFILL)}:  # compiles
+        jax.block_until_ready(decode.prefill(model, [tokens[:width]], model.init_state(1, size)))
+    state = model.init_state(1, size)
     began = time.perf_counter()
     read = jax.block_until_ready(decode.prefill(model, [tokens], state))
     return read, time.perf_counter() - began
@@ -79,8 +83,7 @@ def rows_of(read: Any, batch: int) -> decode.Carry:
 
 
 def measure(models: Mapping[str, Llama], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per model, batch and context: ``state_bytes``, ``prefill_seconds`` (of one row, compilation included),
-    ``step_seconds``."""
+    """One row per model, batch and context: ``state_bytes``, ``prefill_seconds`` (of one row), ``step_seconds``."""
     new = decode.BLOCK * (args.rounds * args.blocks + 1) + 1
     pairs = [
         (name, context)
@@ -147,22 +150,25 @@ def kib(number: int) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Tokens a second of all rows together and memory, by context; the student's speed over its teacher's."""
+    """Tokens a second of all rows together, those of reading the context (one row), and memory, by context; the
+    student's speed over its teacher's."""
     lines = []
     found = {(row["model"], row["batch"], row["context"]): row for row in rows}
     for batch in sorted({row["batch"] for row in rows}):
         lines += [
-            f"| batch {batch}, context | teacher, tokens/s | student, tokens/s | ratio | teacher's cache "
-            "| student's state |",
-            "|---:|---:|---:|---:|---:|---:|",
+            f"| batch {batch}, context | teacher, tokens/s | student, tokens/s | ratio | teacher reads | student reads "
+            "| ratio | teacher's cache | student's state |",
+            "|---:" * 9 + "|",
         ]
         for context in sorted({row["context"] for row in rows if row["batch"] == batch}):
             pair = [found.get((name, batch, context)) for name in ("teacher", "student")]
             speed = [f"{batch / row['step_seconds']:,.0f}" if row else "-" for row in pair]
             theirs, ours = pair
             ratio = f"{theirs['step_seconds'] / ours['step_seconds']:.2f}" if theirs and ours else "-"
+            reads = [f"{context / row['prefill_seconds']:,.0f}" if row else "-" for row in pair]
+            reads.append(f"{theirs['prefill_seconds'] / ours['prefill_seconds']:.2f}" if theirs and ours else "-")
             memory = [kib(row["state_bytes"]) if row else "-" for row in pair]
-            lines.append("| " + " | ".join([f"{context:,}", *speed, ratio, *memory]) + " |")
+            lines.append("| " + " | ".join([f"{context:,}", *speed, ratio, *reads, *memory]) + " |")
         lines.append("")
     return "\n".join(lines)
 

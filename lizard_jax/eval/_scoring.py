@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lizard_jax.errors import UserError
-from lizard_jax.generate.decode import PREFILL, capacity, chunks
+from lizard_jax.generate.decode import PREFILL, blocks, capacity, chunks
 from lizard_jax.models.llama import Llama
 from lizard_jax.typing import Array, Bool, Float, Int
 
@@ -80,15 +80,8 @@ def _rows(tree: Any, index: Int[Array, " R"]) -> Any:
     return jax.tree.map(lambda x: x[index], tree)
 
 
-def _blocks(rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Rows of unequal length as padded chunks: where each starts, its tokens and how many of each row are real."""
-    lengths = np.asarray([len(row) for row in rows])
-    for start, width in chunks([len(row) for row in rows], PREFILL):
-        count = np.clip(lengths - start, 0, width).astype(np.int32)
-        block = np.zeros((len(rows), width), np.int32)
-        for i, row in enumerate(rows):
-            block[i, : count[i]] = row[start : start + count[i]]
-        yield start, block, count
+def _blocks(rows: Sequence[Tokens]) -> Iterator[tuple[int, Int[Array, "B T"], Int[Array, " B"]]]:
+    return blocks(rows, chunks([len(row) for row in rows], PREFILL))
 
 
 def _shared(a: Tokens, b: Tokens) -> int:
@@ -190,9 +183,9 @@ class Scorer:
 
     def _read(self, rows: Sequence[Tokens], state: Any) -> tuple[Float[Array, "B D"], Any]:
         last = jnp.zeros((len(rows), self.model.config.hidden_size), self.model.embed.embedding.dtype)
-        for _, block, count in _blocks(rows):
-            last, state = _read(self.model, jnp.asarray(block), state, last, jnp.asarray(count))
-            self.tokens_read += int(count.sum())
+        for _, tokens, lengths in _blocks(rows):
+            last, state = _read(self.model, tokens, state, last, lengths)
+        self.tokens_read += sum(map(len, rows))
         return last, state
 
     def _continue(
@@ -210,15 +203,11 @@ class Scorer:
             parts = [(score, right)]
             if len(texts[0]) > 1:
                 branch = _rows(state, index)
-                for start, block, count in _blocks([text[:-1] for text in texts]):
-                    targets = np.zeros_like(block)
-                    for i, text in enumerate(texts):
-                        targets[i, : count[i]] = text[start + 1 : start + 1 + count[i]]
-                    score, right, branch = _read_scored(
-                        self.model, jnp.asarray(block), branch, jnp.asarray(count), jnp.asarray(targets)
-                    )
+                read, following = [text[:-1] for text in texts], [text[1:] for text in texts]
+                for (_, tokens, lengths), (_, targets, _) in zip(_blocks(read), _blocks(following), strict=True):
+                    score, right, branch = _read_scored(self.model, tokens, branch, lengths, targets)
                     parts.append((score, right))
-                    self.tokens_read += int(count.sum())
+                self.tokens_read += sum(map(len, read))
             for score, right in parts:
                 sums[chosen] += np.asarray(score, np.float64)[: len(chosen)]
                 greedy[chosen] &= np.asarray(right)[: len(chosen)]

@@ -154,34 +154,23 @@ def context_losses(
         capacity: tokens that softmax layers make room for; at least those of the longest row.
         chunk: tokens read at once.
     """
-    import jax.numpy as jnp
+    from lizard_jax.generate.decode import blocks
 
     read, score = _steps()
     chunk = min(chunk, CHUNK)
     state = model.init_state(batch, max(capacity, chunk))
     # A batch that is not full is filled with rows of no token, so that one shape is compiled.
-    lengths = np.array([len(row) - 1 for row in rows] + [0] * (batch - len(rows)))
-
-    def block(start: int, width: int, shift: int) -> Any:
-        out = np.zeros((batch, width), np.int32)
-        for place, row in enumerate(rows):
-            piece = row[:-1][start : start + width] if not shift else row[1:][start : start + width]
-            out[place, : len(piece)] = piece
-        return jnp.asarray(out)
-
-    def count(start: int, width: int, end: Any) -> Any:
-        return jnp.asarray(np.clip(np.minimum(lengths, end) - start, 0, width), jnp.int32)
-
-    if unscored:
-        for start, width in _chunks(unscored, chunk):
-            state = read(model, block(start, width, 0), state, count(start, width, unscored))
+    texts = [*map(list, rows), *[[]] * (batch - len(rows))]
+    for _, tokens, lengths in blocks([text[:unscored] for text in texts], _chunks(unscored, chunk)):
+        state = read(model, tokens, state, lengths)
+    before, behind = [text[unscored:-1] for text in texts], [text[unscored + 1 :] for text in texts]
+    spans = list(_chunks(max(map(len, before)), chunk))
     parts = []
-    for start, width in _chunks(int(lengths.max()) - unscored, chunk):
-        at = start + unscored
-        losses, state = score(model, block(at, width, 0), block(at, width, 1), state, count(at, width, lengths))
+    for (_, tokens, lengths), (_, targets, _) in zip(blocks(before, spans), blocks(behind, spans), strict=True):
+        losses, state = score(model, tokens, targets, state, lengths)
         parts.append(np.asarray(losses, np.float64))
     whole = np.concatenate(parts, axis=1)
-    return [whole[place, : len(row) - 1 - unscored] for place, row in enumerate(rows)]
+    return [whole[i, : len(row) - 1 - unscored] for i, row in enumerate(rows)]
 
 
 def _chunks(total: int, size: int) -> Iterator[tuple[int, int]]:

@@ -166,17 +166,13 @@ def predictions(
     """What the model predicts behind each query: of the whole vocabulary, and of the row's values."""
     import jax.numpy as jnp
 
-    from lizard_jax.generate.decode import PREFILL, capacity, chunks
+    from lizard_jax.generate.decode import PREFILL, blocks, capacity, chunks
 
     size, time = rows.shape
     state = model.init_state(size, capacity([time], 0))
     gathered = jnp.zeros((*places.shape, model.config.hidden_size), model.embed.embedding.dtype)
-    for start, width in chunks([time], PREFILL):
-        block = np.zeros((size, width), np.int32)
-        part = rows[:, start : start + width]
-        block[:, : part.shape[1]] = part
-        lengths = jnp.full((size,), part.shape[1], jnp.int32)
-        gathered, state = _read()(model, jnp.asarray(block), state, gathered, jnp.asarray(places - start), lengths)
+    for start, tokens, lengths in blocks(rows.tolist(), chunks([time], PREFILL)):
+        gathered, state = _read()(model, tokens, state, gathered, jnp.asarray(places - start), lengths)
     likeliest, among = _judge()(model, gathered, jnp.asarray(values))
     return np.asarray(likeliest), np.asarray(among)
 

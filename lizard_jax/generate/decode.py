@@ -5,7 +5,7 @@ The state is donated: a call overwrites it in place, so memory does not grow wit
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +79,20 @@ def chunks(lengths: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
         yield start, min(size, max(16, 1 << (longest - start - 1).bit_length()))
 
 
+def blocks(
+    rows: Sequence[Sequence[int]], spans: Iterable[tuple[int, int]]
+) -> Iterator[tuple[int, Int[Array, "B T"], Int[Array, " B"]]]:
+    """Rows of unequal length, span by span (start and width): its start, the tokens there, 0 where a row has none, and
+    how many of each row are real."""
+    lengths = np.asarray([len(row) for row in rows])
+    for start, width in spans:
+        count = np.clip(lengths - start, 0, width).astype(np.int32)
+        tokens = np.zeros((len(rows), width), np.int32)
+        for i, row in enumerate(rows):
+            tokens[i, : count[i]] = row[start : start + count[i]]
+        yield start, jnp.asarray(tokens), jnp.asarray(count)
+
+
 def prefill(
     model: Llama, prompts: Sequence[Sequence[int]], state: Any, *, size: int = PREFILL
 ) -> tuple[Float[Array, "B V"], Any]:
@@ -86,14 +100,9 @@ def prefill(
 
     Memory is that of one chunk of ``size`` tokens whatever the prompts' length.
     """
-    lengths = [len(prompt) for prompt in prompts]
     hidden = jnp.zeros((len(prompts), model.config.hidden_size), model.embed.embedding.dtype)
-    for start, width in chunks(lengths, size):
-        block = np.zeros((len(prompts), width), np.int32)
-        count = np.clip(np.asarray(lengths) - start, 0, width).astype(np.int32)
-        for row, prompt in enumerate(prompts):
-            block[row, : count[row]] = prompt[start : start + count[row]]
-        hidden, state = _read(model, jnp.asarray(block), state, hidden, jnp.asarray(count))
+    for _, tokens, lengths in blocks(prompts, chunks([len(prompt) for prompt in prompts], size)):
+        hidden, state = _read(model, tokens, state, hidden, lengths)
     return _logits(model, hidden), state
 
 
