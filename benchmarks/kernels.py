@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -50,6 +49,7 @@ from tqdm import tqdm
 from benchmarks.chips import cost
 from benchmarks.timing import FEWEST_SECONDS, PASSES, Call, inputs, jax_passes, mapped_inputs, say, seconds_of
 from lizard_jax.atomic import write_atomic
+from lizard_jax.train.report import versions
 from pallas_kernels import chips
 from pallas_kernels.log_gate_attention import log_gate_attention, mapped_log_gate_attention
 from pallas_kernels.log_gate_attention.problem import Problem
@@ -63,6 +63,8 @@ CPU = {"batch": 1, "lengths": [512, 1024, 2048], "heads": 8, "kv_heads": [8, 2],
 CHUNK = 64
 LOAD = "others' load"
 RIVALS = ("chunk_simple_gla", "chunk_gla")
+TIMED = ("jax", "torch", "triton", "jax-triton", "flash-linear-attention")
+"""Packages whose versions a time depends on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,7 +409,7 @@ def main() -> int:
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
         LOAD: load,
-        "versions": versions(),
+        "versions": versions(TIMED),
         "dtype": dtype.name,
         "B": a.batch,
         "N": a.heads,
@@ -421,17 +423,6 @@ def main() -> int:
         text = write(a.out, record | {"rows": rows})
     print(text)
     return 0
-
-
-def versions() -> dict[str, str | None]:
-    """Of what is timed."""
-    found: dict[str, str | None] = {}
-    for name in ("jax", "torch", "triton", "jax-triton", "flash-linear-attention"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def write(out: Path, record: dict[str, Any]) -> str:

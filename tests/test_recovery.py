@@ -5,16 +5,22 @@ import json
 import shutil
 import sys
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from benchmarks import recovery
+from benchmarks import changes, recovery, retrieval
 from benchmarks.equal_bytes import state_bytes, students
-from lizard_jax.cli import load_recipe
+from lizard_jax.cli import load_recipe, parse
+from lizard_jax.config import RunConfig
 from lizard_jax.convert.files import read_json
 from lizard_jax.convert.hf_config import model_config
 from lizard_jax.embedded import budgets_path, corpus, teacher_path
+from lizard_jax.models import build
 from lizard_jax.select.budgets import Curves
+from lizard_jax.train import stages
+from tests.train import test_stages
 
 
 @pytest.fixture
@@ -122,3 +128,56 @@ def test_refusals(call, capsys):
     assert "no row nope" in capsys.readouterr().err
     assert call("--extents", "100000000", "--rows", "window") == 2
     assert "has 100000001 tokens" in capsys.readouterr().err
+
+
+def test_each_change_is_one_that_a_run_takes():
+    base = dataclasses.replace(load_recipe("llama3_2_1b", 1).attention, window=32)
+    for name, change in changes.CHANGES.items():
+        attention = dataclasses.replace(base, **change)
+        config, _ = parse(["--stage=1", *recovery.flags(attention)])
+        assert config.attention == attention, name
+        assert bool(change) == (name not in ("the recipe", changes.ABSOLUTE))
+
+
+def test_the_plain_error_is_the_mean_square(monkeypatch):
+    monkeypatch.setattr("lizard_jax.train.stages.head_power", stages.head_power)
+    monkeypatch.setattr("lizard_jax.train.__main__.main", lambda: 0)
+    with pytest.raises(SystemExit):
+        exec(changes.PLAIN_ERROR, {})  # as ``python -c`` runs it
+    batch, model = test_stages.make_batch(), build(test_stages.CONFIG, rngs=nnx.Rngs(3))
+    _, metrics = jax.jit(lambda m, b: stages.loss_and_grads(RunConfig(stage=1), m, b))(model, batch)
+    np.testing.assert_allclose(metrics["loss"], metrics["layer_mse"].sum() / 2, rtol=1e-5)  # one of three is softmax
+
+
+def test_changes_refuse_what_is_not_there(monkeypatch, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("some")
+    for more, words in ((["--rows", "nothing"], "no row nothing"), (["--train", "none.txt"], "no text at none.txt")):
+        text = str(tmp_path / "text.txt")
+        given = ["changes.py", "--teacher", str(teacher_path()), "--train", text, "--score", text, *more]
+        monkeypatch.setattr(sys, "argv", given)
+        assert changes.main() == 2
+        assert words in capsys.readouterr().err
+
+
+def test_retrieval_of_a_student_beside_its_teacher(monkeypatch, tmp_path, capsys):
+    sentences = [f"This is the {word} of many sentences about nothing at all." for word in "abcdefghijkl"]
+    (tmp_path / "book.txt").write_text("unread<|endoftext|>" + " ".join(sentences))
+
+    def call(*more: str) -> int:
+        given = ["retrieval.py", "--teacher", str(teacher_path()), "--book", str(tmp_path / "book.txt"), "--lengths",
+                 "400", "--depths=2", "--samples=1", "--queries=1", f"--table={tmp_path / 'table'}", *more]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", given)
+        return retrieval.main()
+
+    assert call("--students", "nowhere") == 2
+    assert "give NAME=DIR" in capsys.readouterr().err
+    assert call("--students", f"same={teacher_path()}") == 0
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["rows"]["same"] == table["rows"]["teacher"]
+    assert len(table["rows"]["same"]["found"]["400"]["depths"]) == 2
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+    # What stands there is not asked again.
+    table["rows"]["same"]["found"]["400"]["queries"] = 0.25
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    assert call("--students", f"same={teacher_path()}") == 0
+    assert json.loads((tmp_path / "table.json").read_text()) == table

@@ -4,6 +4,7 @@ import importlib.metadata
 import io
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from lizard_jax.config import RunConfig, to_dict
 PACKAGES = ("lizard-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages a result depends on."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on, those that are installed."""
     out = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             out[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
