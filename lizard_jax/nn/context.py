@@ -45,6 +45,7 @@ class Context:
         state: what was before; empty for a whole text.
         lengths: ``[B]`` how many tokens of each row are real, where a state goes on; None for a whole text.
         segment_ids: ``segments``, or None where there is one document and no padding.
+        limits: ``[K]`` how many pairs each key head of a whole text keeps, where some keep less than X.
     """
 
     x: Float[Array, "B T D"]
@@ -60,6 +61,7 @@ class Context:
     state: LizardState
     lengths: Int[Array, " B"] | None
     segment_ids: Int[Array, "B T"] | None
+    limits: Int[Array, " K"] | None = None
 
 
 @jax.tree_util.register_dataclass

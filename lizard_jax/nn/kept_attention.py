@@ -59,8 +59,9 @@ def near_with_pairs(
         near = jax.vmap(_placed, in_axes=(0, 0, None))(state.pairs.near, offset, sizes.block)
         begin = state.position - offset
         found, pairs, near = read(
-            moved_q, all_k, all_v, start, moved_asks, begin, moved(beside[1]), state.pairs, near, frequencies, sizes
-        )
+            moved_q, all_k, all_v, start, moved_asks, begin, moved(beside[1]), state.pairs, near, frequencies, sizes,
+            context.limits,
+        )  # fmt: skip
         if lengths is not None:
             # The last W tokens of each row, from the keys of the last block that it reached.
             end = state.position + lengths

@@ -102,6 +102,7 @@ def read(
     near: Float[Array, "B K WC"],
     frequencies: Float[Array, " H/2"] | None,
     sizes: Sizes,
+    limits: Int[Array, " K"] | None = None,
 ) -> tuple[Read, KeptPairs, Float[Array, "B K WC"]]:
     """Reads whole blocks: T is a multiple of C, and ``begin``, the first slot's place in the sequence, too.
 
@@ -113,6 +114,7 @@ def read(
         pairs: E before the first block; ``near`` in it is not read.
         near: attention received by the keys of the first block, W before it and its own.
         frequencies: of the rotation, None for none.
+        limits: how many pairs each key head keeps, where some keep less than X.
 
     Returns:
         What was read; E after the last block that asks anything; and ``near`` of that block's keys after it.
@@ -131,7 +133,7 @@ def read(
         # The keys of this block: those of the one before, moved on by a block.
         moved = jnp.pad(near[:, :, block:], ((0, 0), (0, 0), (0, block)))
         moved = jnp.where((active & (number > 0))[:, None, None], moved, near)
-        chosen, moved, stays, lost = _choose(pairs, moved, keys, own[1][:, 0], begin + number * block, sizes)
+        chosen, moved, stays, lost = _choose(pairs, moved, keys, own[1][:, 0], begin + number * block, sizes, limits)
         y, n, received, received_pairs = _attend(own, keys, chosen, begin + number * block, frequencies, sizes)
         after = KeptPairs(chosen.k, chosen.v, chosen.index, chosen.score + received_pairs, pairs.near)
         near = jnp.where(active[:, None, None], moved + received, near)
@@ -203,6 +205,7 @@ def _choose(
     border: Bool[Array, " B"],
     begin: Int[Array, " B"],
     sizes: Sizes,
+    limits: Int[Array, " K"] | None = None,
 ) -> tuple[KeptPairs, Array, Bool[Array, "B K C"], tuple[Array, Array, Array]]:
     """At a border: E and the attention received, faded; which of the leaving tokens have a place; who lost it.
 
@@ -227,6 +230,8 @@ def _choose(
         axis=2,
     )  # fmt: skip
     score, winner = jax.lax.top_k(jax.lax.stop_gradient(scores), count)
+    if limits is not None:
+        score = jnp.where(jnp.arange(count, dtype=jnp.int32) < limits[:, None], score, -1.0)
 
     def picked(old: Array, new: Array) -> Array:
         both = jnp.concatenate([old, new.astype(old.dtype)], axis=2)

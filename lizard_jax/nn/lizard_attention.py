@@ -19,6 +19,7 @@ from lizard_jax.nn.kept_attention import far_with_pairs, near_with_pairs
 from lizard_jax.nn.kept_pairs import Sizes, no_pairs
 from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.nn.params import NewParam
+from lizard_jax.nn.reuse import shared
 from lizard_jax.nn.rope import cos_sin, inverse_frequencies, rotate, segment_positions
 from lizard_jax.typing import Array, Float, Int
 from pallas_kernels.log_gate_attention import LinearState, empty_state, log_gate_step, mapped_log_gate_attention
@@ -86,6 +87,7 @@ class LizardMixer(nnx.Module):
         self.alpha, self.beta, self.sink = nnx.data(alpha), nnx.data(beta), nnx.data(sink)
         self.meta_k, self.meta_v = nnx.data(meta_k), nnx.data(meta_v)
 
+    @shared
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -94,9 +96,14 @@ class LizardMixer(nnx.Module):
         v: Float[Array, "B T K H"],
         *,
         segment_ids: Int[Array, "B T"] | None = None,
+        limits: Int[Array, " K"] | None = None,
     ) -> Float[Array, "B T N H"]:
-        """The head outputs before o_proj, in q's dtype; 0 for padding (segment 0)."""
-        return self.combine(self.branches(x, q, k, v, segment_ids=segment_ids), q, segment_ids)
+        """The head outputs before o_proj, in q's dtype; 0 for padding (segment 0).
+
+        Args:
+            limits: how many pairs each key head keeps, where some keep less than ``kept``.
+        """
+        return self.combine(self.branches(x, q, k, v, segment_ids=segment_ids, limits=limits), q, segment_ids)
 
     def branches(
         self,
@@ -107,13 +114,15 @@ class LizardMixer(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         near: Near | None = None,
+        limits: Int[Array, " K"] | None = None,
     ) -> Branches:
         """What each branch says of a whole text, as ``__call__`` combines it.
 
         Args:
             near: what ``near`` gave for the same text, where it is at hand.
+            limits: as in ``__call__``.
         """
-        context = self._whole(x, q, k, v, segment_ids)
+        context = self._whole(x, q, k, v, segment_ids, limits)
         return self._branches(context, self._near(context) if near is None else near)[0]
 
     def near(
@@ -128,7 +137,15 @@ class LizardMixer(nnx.Module):
         """The exact part of a whole text, which depends on no gate and no feature map."""
         return self._near(self._whole(x, q, k, v, segment_ids))
 
-    def _whole(self, x: Array, q: Array, k: Array, v: Array, segment_ids: Int[Array, "B T"] | None) -> Context:
+    def _whole(
+        self,
+        x: Array,
+        q: Array,
+        k: Array,
+        v: Array,
+        segment_ids: Int[Array, "B T"] | None,
+        limits: Int[Array, " K"] | None = None,
+    ) -> Context:
         """A whole text: a continuation of the empty past."""
         state = self.init_state(q.shape[0], None, k.dtype)
         segments = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
@@ -144,7 +161,7 @@ class LizardMixer(nnx.Module):
         return Context(
             x, q, k, v, jnp.concatenate([state.ring_k, k], axis=1), jnp.concatenate([state.ring_v, v], axis=1),
             segments, jnp.concatenate([past, segments], axis=1), segment_positions(segments), prefix, state, None,
-            segment_ids,
+            segment_ids, limits,
         )  # fmt: skip
 
     def combine(
@@ -190,6 +207,7 @@ class LizardMixer(nnx.Module):
             if switches.kept else None,
         )  # fmt: skip
 
+    @shared
     def extend(
         self,
         x: Float[Array, "B T D"],

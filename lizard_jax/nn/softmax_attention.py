@@ -9,14 +9,18 @@ from lizard_jax.config import ModelConfig
 from lizard_jax.errors import UserError
 from lizard_jax.nn.cache import KVCache
 from lizard_jax.nn.numerics import accumulation_dtype
+from lizard_jax.nn.reuse import shared
 from lizard_jax.nn.rope import cos_sin, inverse_frequencies, rotate, segment_lengths, segment_positions, segment_starts
 from lizard_jax.typing import Array, Float, Int
+from pallas_kernels import target
 
 QUERY_BLOCK = 512
 FEWEST_QUERIES = 16
 """Below this keys and values are read as they lie."""
-CAUSAL_PARTS = 8
-"""A causal pass goes over this many parts of the queries, each with the keys up to its end: 9/16 of the work."""
+CAUSAL_PARTS = {"cpu": 8}
+"""A causal pass goes over this many parts of the queries (2 where nothing is said), each with the keys up to its end:
+9/16 of the work with 8, 3/4 with 2. Every part is compiled for itself, in every layer, and on an accelerator takes more
+compiling than it saves in a run."""
 
 
 def interval_attention(
@@ -83,7 +87,7 @@ def causal_attention(
     index = jnp.arange(length, dtype=jnp.int32)[None]
     first = jnp.broadcast_to(first, q.shape[:2])
     # Parts of less than 128 queries are too thin for a matmul to gain by what they spare.
-    part = max(128, -(-length // CAUSAL_PARTS))
+    part = max(128, -(-length // CAUSAL_PARTS.get(target.current().platform, 2)))
     return jnp.concatenate(
         [
             interval_attention(q[:, start:end], k[:, :end], v[:, :end], first[:, start:end], index[:, start:end])
@@ -109,6 +113,7 @@ class SoftmaxMixer(nnx.Module):
         slides = config.sliding_window_layers is None or layer_index in config.sliding_window_layers
         self.window = config.sliding_window if slides else None
 
+    @shared
     def __call__(
         self,
         x: Float[Array, "B T D"],

@@ -5,9 +5,8 @@ magnitude (docs/attention.md, Budgets by key head). Heads of a class run togethe
 over its own heads alone.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from lizard_jax.nn.context import LizardState
 from lizard_jax.nn.lizard_attention import LizardMixer
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
 from lizard_jax.typing import Array, Float, Int
+from pallas_kernels import target
 
 
 @jax.tree_util.register_dataclass
@@ -54,9 +54,9 @@ def of_heads(config: ModelConfig, kv_heads: int, **attention: object) -> ModelCo
     """The configuration of that many of a layer's key heads, with their query heads, and with these switches."""
     assert config.attention is not None
     usual: dict[str, object] = {"softmax_layers": (), "softmax_heads": (), "budgets": ()}
-    switches = dataclasses.replace(config.attention, **usual | attention)  # type: ignore[arg-type]
+    switches = replace(config.attention, **usual | attention)  # type: ignore[arg-type]
     group = config.num_heads // config.kv_heads
-    return dataclasses.replace(config, num_heads=kv_heads * group, kv_heads=kv_heads, attention=switches)
+    return replace(config, num_heads=kv_heads * group, kv_heads=kv_heads, attention=switches)
 
 
 def ring_of(config: ModelConfig, kv_heads: int, layer: int) -> ModelConfig:
@@ -119,10 +119,48 @@ class SplitMixer(nnx.Module):
         """The head outputs before o_proj, in q's dtype; 0 for padding (segment 0)."""
         # Where no text outgrows the ring, exact heads are plain softmax, which has a quicker form of its own.
         long = self.whole if self.ring is None or q.shape[1] <= self.ring.switches.window else self.ring
-        mixers = [*self.linearized, *([] if long is None else [long])]
-        return self._together(
-            [mixer(x, *self.part(i, q, k, v), segment_ids=segment_ids) for i, mixer in enumerate(mixers)]
-        )
+        exact = [] if long is None else [long(x, *self.part(-1, q, k, v), segment_ids=segment_ids)]
+        return self._together([self.linear_heads(x, q, k, v, segment_ids=segment_ids), *exact])
+
+    def linear_heads(
+        self,
+        x: Float[Array, "B T D"],
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T Nl H"]:
+        """Of the layer's heads the outputs of the linearized ones, class after class."""
+        parts: list[Array] = [x] * len(self.linearized)
+        for numbers in self._calls():
+            mixer, limits = self.linearized[numbers[0]], None
+            if len(numbers) > 1:
+                mixer, limits = one_class([self.linearized[n] for n in numbers])
+            q_heads = tuple(head for n in numbers for head in self.q_heads[n])
+            own = tuple(head for n in numbers for head in self.kv_heads[n])
+            heads = mixer(
+                x, _take(q, q_heads), _take(k, own), _take(v, own), segment_ids=segment_ids, limits=limits
+            )  # fmt: skip
+            at = 0
+            for n in numbers:
+                parts[n] = heads[:, :, at : at + len(self.q_heads[n])]
+                at += len(self.q_heads[n])
+        return jnp.concatenate(parts, axis=2)
+
+    def _calls(self) -> list[list[int]]:
+        """The numbers of the linearized classes by the calls that compute them."""
+        calls: dict[object, list[int]] = {}
+        for n, mixer in enumerate(self.linearized):
+            # Without pairs the first tokens stand elsewhere (docs/attention.md), so that it is another function.
+            joins = mixer.switches.kept > 0 and one_call_pays() and comes_together(mixer)
+            calls.setdefault(mixer.switches.window if joins else f"class {n}", []).append(n)
+        return list(calls.values())
+
+    @property
+    def linear_q_heads(self) -> tuple[int, ...]:
+        """The query heads of ``linear_heads``, in its order."""
+        return tuple(head for heads in self.q_heads[: len(self.linearized)] for head in heads)
 
     def init_state(self, batch: int, max_length: int | None, dtype: DTypeLike) -> SplitState:
         """The empty past. ``max_length`` is needed where the exact heads' cache grows.
@@ -164,6 +202,38 @@ class SplitMixer(nnx.Module):
         return _take(jnp.concatenate(heads, axis=2), self.order)
 
 
+def one_call_pays() -> bool:
+    """Whether this platform computes a layer's heads in one call sooner than class by class."""
+    return target.current().platform != "cpu"
+
+
+def comes_together(mixer: LizardMixer) -> bool:
+    """Whether all its parameters are of one head each, so that classes of heads can be put together."""
+    more = of_heads(mixer.config, mixer.config.kv_heads + 1)
+    wider = nnx.eval_shape(lambda: LizardMixer(more, rngs=nnx.Rngs(0)))
+    leaves = (jax.tree.leaves(nnx.state(one)) for one in (mixer, wider))
+    return all(a.shape != b.shape for a, b in zip(*leaves, strict=True))
+
+
+def one_class(mixers: Sequence[LizardMixer]) -> tuple[LizardMixer, Int[Array, " K"]]:
+    """Classes that differ in their kept pairs alone as one mixer of the largest, and how many each key head keeps.
+
+    The same numbers from one call in place of many, at the price of pairs that no head has.
+    """
+    config, kept = mixers[0].config, [mixer.switches.kept for mixer in mixers]
+    kv_heads = [mixer.config.kv_heads for mixer in mixers]
+    whole = of_heads(config, sum(kv_heads), kept=max(kept))
+    graph, wanted = nnx.split(nnx.eval_shape(lambda: LizardMixer(whole, rngs=nnx.Rngs(0))))
+
+    def joined(wide: jax.ShapeDtypeStruct, *parts: Array) -> Array:
+        (axis,) = (i for i, (a, b) in enumerate(zip(wide.shape, parts[0].shape, strict=True)) if a != b)
+        return jnp.concatenate(parts, axis=axis)
+
+    state = jax.tree.map(joined, wanted, *(nnx.state(mixer) for mixer in mixers))
+    limits = [count for count, heads in zip(kept, kv_heads, strict=True) for _ in range(heads)]
+    return nnx.merge(graph, state), jnp.asarray(limits, jnp.int32)
+
+
 def _take(x: Float[Array, "B T N H"], heads: tuple[int, ...]) -> Float[Array, "B T heads H"]:
     return jnp.take(x, jnp.asarray(heads, jnp.int32), axis=2)
 
@@ -193,7 +263,7 @@ class Student:
 
 
 def students_of(mixer: nnx.Module) -> list[Student]:
-    """What of a layer's mixer learns."""
+    """What of a layer's mixer learns, class by class."""
     if isinstance(mixer, LizardMixer):
         return [Student(mixer)] if mixer.switches.adds_modules else []
     if not isinstance(mixer, SplitMixer) or not mixer.short.switches.adds_modules:
@@ -201,3 +271,22 @@ def students_of(mixer: nnx.Module) -> list[Student]:
     return [
         Student(part, ("short",) if i == 0 else ("more", i - 1), i, mixer) for i, part in enumerate(mixer.linearized)
     ]
+
+
+def learned_heads(
+    mixer: LizardMixer | SplitMixer,
+    x: Float[Array, "B T D"],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T Nl H"]:
+    """The outputs of those heads of a layer that have something to learn; in the order of ``taught_heads``."""
+    heads = mixer.linear_heads if isinstance(mixer, SplitMixer) else mixer
+    return heads(x, q, k, v, segment_ids=segment_ids)
+
+
+def taught_heads(mixer: LizardMixer | SplitMixer, all_heads: Float[Array, "B T N H"]) -> Float[Array, "B T Nl H"]:
+    """Of the teacher's outputs of all heads of the layer those that ``learned_heads`` are compared with."""
+    return _take(all_heads, mixer.linear_q_heads) if isinstance(mixer, SplitMixer) else all_heads

@@ -21,10 +21,11 @@ from lizard_jax.data.loader import Batch
 from lizard_jax.losses import cross_entropy, head_error, head_power, prediction_losses
 from lizard_jax.models import build
 from lizard_jax.models.llama import Llama
+from lizard_jax.nn import reuse
 from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.nn.params import BaseParam, LoraParam, NewParam
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
-from lizard_jax.nn.split_attention import students_of
+from lizard_jax.nn.split_attention import learned_heads, students_of, taught_heads
 from lizard_jax.typing import Array
 
 
@@ -74,7 +75,8 @@ def loss_and_grads(config: RunConfig, model: Llama, batch: Batch) -> tuple[nnx.S
         both parts, ``nll`` and ``kl`` in stage 2.
     """
     if config.stage == 1:
-        return _distil(model, batch)
+        with reuse.scope(batch):
+            return _distil(model, batch)
     graph, train, rest = nnx.split(model, trainable(config), ...)
     inputs, targets, segments, mask = _arrays(batch)
     share = kl_share(config)
@@ -113,36 +115,27 @@ def _distil(model: Llama, batch: Batch) -> tuple[nnx.State, dict[str, Array]]:
     x = model.embed(inputs)
     loss = jnp.zeros((), accumulation_dtype(x))
     for index, block in enumerate(model.layers):
-        normed = block.attention_norm(x)
+        mixer, normed = block.attention.mixer, block.attention_norm(x)
         q, k, v = block.attention.qkv(normed)
         teacher_heads = SoftmaxMixer(model.config, index)(normed, q, k, v, segment_ids=segments)
-        students = students_of(block.attention.mixer)
-        means = [jnp.zeros((), accumulation_dtype(teacher_heads))]
-        targets = [student.heads(teacher_heads) for student in students]
-        count = sum(target.shape[2] for target in targets)
-        # Layers differ by orders of magnitude; relative to its teacher's, each error counts alike.
-        power = sum(head_power(target, segments) * (target.shape[2] / count) for target in targets)
-        for student, theirs in zip(students, targets, strict=True):
-            graph, new, rest = nnx.split(student.mixer, NewParam, ...)
-            ours = normed, *student.part(q, k, v)
+        mean = jnp.zeros((), accumulation_dtype(teacher_heads))
+        if not isinstance(mixer, SoftmaxMixer) and students_of(mixer):
+            target = taught_heads(mixer, teacher_heads)
+            graph, new, rest = nnx.split(mixer, NewParam, ...)
 
-            def error(params, inputs=ours, target=theirs, graph=graph, rest=rest, power=power, count=count):
-                heads = nnx.merge(graph, params, rest)(*inputs, segment_ids=segments)
-                total = head_error(heads, target, segments) * (target.shape[2] / count)
-                relative = total / jnp.maximum(power, jnp.finfo(total.dtype).tiny)
+            def error(params, inputs=(normed, q, k, v), target=target, graph=graph, rest=rest):
+                heads = learned_heads(nnx.merge(graph, params, rest), *inputs, segment_ids=segments)
+                total = head_error(heads, target, segments)
+                # Layers differ by orders of magnitude; relative to its teacher's, each error counts alike.
+                relative = total / jnp.maximum(head_power(target, segments), jnp.finfo(total.dtype).tiny)
                 mean = total / jnp.maximum((segments != 0).sum().astype(total.dtype), 1.0)
                 return relative / layers, (relative, mean)
 
             layer_grads, (relative, mean) = jax.grad(error, has_aux=True)(new)
             x = _after((layer_grads, mean), x)
-            place = grads["layers"][index]["attention"]
-            *above, last = ("mixer", *student.path)
-            for name in above:
-                place = place[name]
-            place[last] = layer_grads
-            means.append(mean)
+            grads["layers"][index]["attention"]["mixer"] = layer_grads
             loss = loss + relative / layers
-        errors.append(sum(means[1:], means[0]))
+        errors.append(mean)
         x = block.after_heads(x, teacher_heads)
     return grads, {"loss": loss, "layer_mse": jnp.stack(errors)}
 
@@ -165,21 +158,22 @@ def evaluate(config: RunConfig, model: Llama, batch: Batch) -> dict[str, Array]:
     ``positions`` where the teacher is still inside the model (stages 1 and 2, except full fine-tuning, which moves it).
     """
     inputs, targets, segments, mask = _arrays(batch)
-    hidden = model.hidden(inputs, segment_ids=segments)
-    if config.stage == 0 or config.full:
-        return {"student_nll": cross_entropy(model, hidden, targets, mask), "tokens": mask.sum()}
-    teacher = teacher_of(model)
     errors, powers = [], []
-    x = teacher.embed(inputs)
-    for teacher_block, student_block in zip(teacher.layers, model.layers, strict=True):
-        heads = {}
-        normed = teacher_block.attention_norm(x)
-        for name, block in (("teacher", teacher_block), ("student", student_block)):
-            q, k, v = block.attention.qkv(normed)
-            heads[name] = block.attention.mixer(normed, q, k, v, segment_ids=segments)
-        errors.append(head_error(heads["student"], heads["teacher"], segments))
-        powers.append(head_power(heads["teacher"], segments))
-        x = teacher_block.after_heads(x, heads["teacher"])
+    with reuse.scope(inputs):
+        hidden = model.hidden(inputs, segment_ids=segments)
+        if config.stage == 0 or config.full:
+            return {"student_nll": cross_entropy(model, hidden, targets, mask), "tokens": mask.sum()}
+        teacher = teacher_of(model)
+        x = teacher.embed(inputs)
+        for teacher_block, student_block in zip(teacher.layers, model.layers, strict=True):
+            heads = {}
+            normed = teacher_block.attention_norm(x)
+            for name, block in (("teacher", teacher_block), ("student", student_block)):
+                q, k, v = block.attention.qkv(normed)
+                heads[name] = block.attention.mixer(normed, q, k, v, segment_ids=segments)
+            errors.append(head_error(heads["student"], heads["teacher"], segments))
+            powers.append(head_power(heads["teacher"], segments))
+            x = teacher_block.after_heads(x, heads["teacher"])
     taught = teacher.norm(x)
     nll, kl = prediction_losses(model, hidden, targets, mask, taught)
     return {

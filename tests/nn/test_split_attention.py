@@ -10,6 +10,7 @@ from flax import nnx
 
 from lizard_jax.config import LizardConfig, ModelConfig
 from lizard_jax.errors import UserError
+from lizard_jax.nn import split_attention
 from lizard_jax.nn.attention import mixer_of
 from lizard_jax.nn.cache import KVCache
 from lizard_jax.nn.context import LizardState
@@ -75,6 +76,62 @@ def test_heads_with_budgets_of_their_own_are_mixers_of_their_own(more):
         own = run(part, x, *mixer.part(number, q, k, v))
         assert relative_error(got[:, :, np.asarray(heads)], own) < 1e-5
     assert (mixer.long is None) == (not more)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"softmax_heads": ("0.1",)},
+        {"softmax_heads": (), "gate": "channel", "gate_bias": False, "state_heads": "query", "meta": "learned"},
+    ],
+    ids=["and exact", "of the query heads"],
+)
+def test_classes_in_one_call_are_the_same_function(more, monkeypatch):
+    """Values and gradients, of packed documents, in float64; what keeps nothing stands alone."""
+    pairs = () if more["softmax_heads"] else ("0.1=8+0",)
+    mixer = make(dataclasses.replace(ATTENTION, chunk=8, kept=3, budgets=("0.2=8+5", *pairs), **more))
+    state = jax.tree.map(lambda leaf: leaf.astype("float64"), nnx.state(mixer))
+    graph = nnx.graphdef(mixer)
+    given = [a.astype("float64") for a in inputs(45)]
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=given[1].shape))
+    segments = jnp.asarray(packed(2, 45))
+
+    def loss(state, *arrays):
+        heads = nnx.merge(graph, state)(*arrays, segment_ids=segments)
+        return (heads * weights).sum(), heads
+
+    def run():
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))(state, *given)
+
+    (_, by_class), grads = run()
+    calls = []
+    monkeypatch.setattr(split_attention, "one_call_pays", lambda: True)
+    monkeypatch.setattr(LizardMixer, "branches", _counted(LizardMixer.branches, calls))
+    (_, together), grads_together = run()
+    assert len(calls) == len(mixer.linearized) - 1
+    np.testing.assert_allclose(together, by_class, rtol=1e-11, atol=1e-12)
+    for a, b in zip(jax.tree.leaves(grads_together), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+def _counted(function, calls):
+    def call(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def test_other_windows_do_not_come_together(monkeypatch):
+    monkeypatch.setattr(split_attention, "one_call_pays", lambda: True)
+    attention = dataclasses.replace(ATTENTION, softmax_heads=(), chunk=8, kept=3, budgets=("0.2=12+5", "0.1=8+2"))
+    assert make(attention)._calls() == [[0, 1], [2]]
+    # Nor does what has a parameter of all its heads.
+    low_rank = dataclasses.replace(attention, gate="low_rank", gate_bias=False)
+    assert make(low_rank)._calls() == [[0], [1], [2]]
+    monkeypatch.setattr(split_attention, "one_call_pays", lambda: False)
+    assert make(attention)._calls() == [[0], [1], [2]]
 
 
 FORMS = {
