@@ -107,6 +107,25 @@ def moved(text: str, devices: int) -> Moved:
     return Moved(memory, dict(links), dict(results))
 
 
+def launches(text: str) -> int:
+    """How many operations a run of a program starts, those in a loop as often as it runs."""
+    parts, entry = _parts(text)
+
+    def run(name: str) -> int:
+        total = 0
+        for one in parts[name]:
+            called = dict(re.findall(r"\b(condition|body|calls|to_apply)=%?([\w.-]+)", one.rest))
+            if one.kind == "while":
+                total += run(called["body"]) * _trips(parts, called["condition"])
+            elif one.kind in ("call", "async-start") and (inner := called.get("to_apply") or called.get("calls")):
+                total += run(inner)
+            elif one.kind not in _FREE and not one.kind.endswith("-done"):
+                total += 1
+        return total
+
+    return run(entry)
+
+
 def _parts(text: str) -> tuple[dict[str, list[Operation]], str]:
     """The computations of a module by name, and the name of the first that runs."""
     found: dict[str, list[Operation]] = {}

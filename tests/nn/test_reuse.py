@@ -1,0 +1,51 @@
+"""One trace for all layers of a kind: as many as there are kinds, and the same numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lizard_jax.config import LizardConfig, ModelConfig
+from lizard_jax.models import build
+from lizard_jax.nn import reuse
+from lizard_jax.nn.lizard_attention import LizardMixer
+
+ATTENTION = LizardConfig(window=4, chunk=4, kept=2, budgets=("1.0=4+3",), softmax_layers=(2,))
+CONFIG = ModelConfig(
+    architecture="llama", vocab_size=40, hidden_size=16, intermediate_size=24, num_layers=5, num_heads=4, kv_heads=2,
+    head_dim=4, max_positions=32, attention=ATTENTION,
+)  # fmt: skip
+
+
+def test_layers_of_a_kind_are_traced_once(monkeypatch):
+    model, tokens = build(CONFIG, rngs=nnx.Rngs(0)), jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    kinds, plain = [], LizardMixer.branches
+
+    def branches(self, *args, **kwargs):
+        kinds.append((self.config.kv_heads, self.switches.kept))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(LizardMixer, "branches", branches)
+
+    def loss(model, tokens):
+        return jnp.square(model(tokens)).mean()
+
+    (value, grads) = jax.jit(jax.value_and_grad(loss))(model, tokens)
+    # Layers 0, 3 and 4 are alike; layer 1 has two classes of heads.
+    assert sorted(kinds) == [(1, 2), (1, 3), (2, 2)]
+    kinds.clear()
+    monkeypatch.setattr(reuse, "Tracer", ())  # nothing counts as traced
+    (alone, grads_alone) = jax.jit(jax.value_and_grad(lambda *a: loss(*a)))(model, tokens)
+    assert len(kinds) == 5
+    np.testing.assert_allclose(value, alone, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_alone), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_what_is_not_traced_is_not_compiled(monkeypatch):
+    """One call after the other of a model outside of jit would compile each time."""
+    model = build(CONFIG, rngs=nnx.Rngs(0))
+    monkeypatch.setattr(jax, "jit", None)
+    with reuse.scope(jnp.zeros(3), None), reuse.scope():
+        assert reuse._run.get() is None
+    assert model.init_state(1, 8)[0].position.shape == (1,)
