@@ -113,12 +113,14 @@ def run(args: argparse.Namespace) -> int:
 
     for name in args.rows or CHANGES:
         attention, where = dataclasses.replace(base, **CHANGES[name]), place(args, name)
-        if name != ABSOLUTE:
+        if name != ABSOLUTE and recovery.WHENS[0] in args.whens:
             add(f"{name}, no training", attention, "no training", where)
+        if recovery.WHENS[1] not in args.whens:
+            continue
         command = ["-c", PLAIN_ERROR] if name == ABSOLUTE else None
         recovery.train(args, attention, 1, where, text, command)
         add(f"{name}, stage 1", attention, "stage 1", where)
-    for share in args.shares:
+    for share in args.shares if recovery.WHENS[2] in args.whens else ():
         first, where = place(args, "the recipe"), place(args, f"stage 2 {share:g}")
         if not (first / "stage1" / "result.json").is_file():
             raise UserError("stage 2 goes on from the recipe's stage 1; let --rows have it")
@@ -136,6 +138,9 @@ def main() -> int:
     recovery.add_budget(parser)
     parser.add_argument("--rows", nargs="*", default=None, metavar="NAME", help="these rows alone")
     parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of KL in stage 2 (default 0.9 0 1)")
+    parser.add_argument(
+        "--whens", nargs="+", choices=recovery.WHENS, default=recovery.WHENS, help="these moments alone"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/changes"), help="where the runs go")
     parser.add_argument(
         "--table", type=Path, default=recovery.ROOT / "benchmarks" / "changes", help="the table, less suffix"

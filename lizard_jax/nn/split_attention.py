@@ -21,6 +21,9 @@ from lizard_jax.nn.softmax_attention import SoftmaxMixer
 from lizard_jax.typing import Array, Float, Int
 from pallas_kernels import target
 
+PADDED = 2.0
+"""Of what its heads need of window and pairs, the most that a call of several classes may compute."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -150,12 +153,16 @@ class SplitMixer(nnx.Module):
 
     def _calls(self) -> list[list[int]]:
         """The numbers of the linearized classes by the calls that compute them."""
-        calls: dict[object, list[int]] = {}
-        for n, mixer in enumerate(self.linearized):
-            # Without pairs the first tokens stand elsewhere (docs/attention.md), so that it is another function.
-            joins = mixer.switches.kept > 0 and one_call_pays() and comes_together(mixer)
-            calls.setdefault(mixer.switches.window if joins else f"class {n}", []).append(n)
-        return list(calls.values())
+        if not one_call_pays():
+            return [[n] for n in range(len(self.linearized))]
+        calls: list[list[int]] = []
+        order = sorted(range(len(self.linearized)), key=lambda n: -self.linearized[n].switches.kept)
+        for n in order:
+            if calls and joins([self.linearized[other] for other in calls[-1]], self.linearized[n]):
+                calls[-1].append(n)
+            else:
+                calls.append([n])
+        return calls
 
     @property
     def linear_q_heads(self) -> tuple[int, ...]:
@@ -205,6 +212,17 @@ class SplitMixer(nnx.Module):
 def one_call_pays() -> bool:
     """Whether this platform computes a layer's heads in one call sooner than class by class."""
     return target.current().platform != "cpu"
+
+
+def joins(mixers: Sequence[LizardMixer], less: LizardMixer) -> bool:
+    """Whether a class that keeps fewer pairs is computed in one call with others, the first of which keeps most."""
+    most = mixers[0].switches
+    # Without pairs the first tokens stand elsewhere (docs/attention.md), so that it is another function.
+    if less.switches.window != most.window or less.switches.kept == 0 or not comes_together(less):
+        return False
+    every = [*mixers, less]
+    needed = sum(mixer.config.kv_heads * (mixer.switches.window + mixer.switches.kept) for mixer in every)
+    return sum(mixer.config.kv_heads for mixer in every) * (most.window + most.kept) <= PADDED * needed
 
 
 def comes_together(mixer: LizardMixer) -> bool:

@@ -123,15 +123,24 @@ def _counted(function, calls):
     return call
 
 
-def test_other_windows_do_not_come_together(monkeypatch):
+def test_what_comes_together(monkeypatch):
+    """Classes of one window that keep pairs, unless that would take more than twice what they need."""
+
+    def calls(*budgets: str, **more) -> list[list[tuple[int, int]]]:
+        attention = dataclasses.replace(ATTENTION, softmax_heads=(), chunk=8, kept=3, budgets=budgets, **more)
+        mixer = make(attention)
+        switches = [one.switches for one in mixer.linearized]
+        return [[(switches[n].window, switches[n].kept) for n in call] for call in mixer._calls()]
+
+    assert calls("0.0=8+5") == [[(8, 3)], [(8, 5)]]
     monkeypatch.setattr(split_attention, "one_call_pays", lambda: True)
-    attention = dataclasses.replace(ATTENTION, softmax_heads=(), chunk=8, kept=3, budgets=("0.2=12+5", "0.1=8+2"))
-    assert make(attention)._calls() == [[0, 1], [2]]
-    # Nor does what has a parameter of all its heads.
-    low_rank = dataclasses.replace(attention, gate="low_rank", gate_bias=False)
-    assert make(low_rank)._calls() == [[0], [1], [2]]
-    monkeypatch.setattr(split_attention, "one_call_pays", lambda: False)
-    assert make(attention)._calls() == [[0], [1], [2]]
+    assert calls("0.0=8+5") == [[(8, 5), (8, 3)]]
+    assert calls("0.0=8+5", "0.1=8+0") == [[(8, 5), (8, 3)], [(8, 0)]]
+    assert calls("0.0=12+5", "0.1=8+2") == [[(12, 5)], [(8, 3), (8, 2)]]
+    # Three heads of 58 would be 174, and 58, 12 and 11 are needed.
+    assert calls("0.0=8+50", "0.1=8+4") == [[(8, 50), (8, 4)], [(8, 3)]]
+    # A parameter of all heads cannot be put together.
+    assert calls("0.0=8+5", gate="low_rank", gate_bias=False) == [[(8, 5)], [(8, 3)]]
 
 
 FORMS = {

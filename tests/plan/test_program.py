@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lizard_jax.plan.flops import matmul_flops
-from lizard_jax.plan.program import moved, size
+from lizard_jax.plan.program import launches, moved, size
 from tests.train.tiny import mesh_of
 
 TEXT = """HloModule jit_step, is_scheduled=true
@@ -57,6 +57,7 @@ def test_a_text_by_hand():
     # The copy to VMEM reads w, the kernel x alone; each round cuts a row, writes it, and gathers eight.
     outside = w + 2 * x + 2 * x + 2 * x + 2 * x
     assert found.memory == outside + 64 * (2 * row + 4 + row + 8 * row)
+    assert launches(TEXT) == 5 + 64 * 2  # the ends' copies, the kernel, two collectives; a fusion and a gather a round
 
 
 def test_sizes_of_shapes():
