@@ -5,6 +5,7 @@ magnitude (docs/attention.md, Budgets by key head). Heads of a class run togethe
 over its own heads alone.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -135,7 +136,7 @@ class SplitMixer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T Nl H"]:
         """Of the layer's heads the outputs of the linearized ones, class after class."""
-        parts: list[Array] = [x] * len(self.linearized)
+        parts: dict[int, Array] = {}
         for numbers in self._calls():
             mixer, limits = self.linearized[numbers[0]], None
             if len(numbers) > 1:
@@ -149,7 +150,7 @@ class SplitMixer(nnx.Module):
             for n in numbers:
                 parts[n] = heads[:, :, at : at + len(self.q_heads[n])]
                 at += len(self.q_heads[n])
-        return jnp.concatenate(parts, axis=2)
+        return jnp.concatenate([parts[n] for n in range(len(self.linearized))], axis=2)
 
     def _calls(self) -> list[list[int]]:
         """The numbers of the linearized classes by the calls that compute them."""
@@ -225,11 +226,16 @@ def joins(mixers: Sequence[LizardMixer], less: LizardMixer) -> bool:
     return sum(mixer.config.kv_heads for mixer in every) * (most.window + most.kept) <= PADDED * needed
 
 
+@functools.cache
+def _shapes(config: ModelConfig) -> tuple[nnx.GraphDef[LizardMixer], nnx.State]:
+    """A mixer of these heads, without numbers."""
+    return nnx.split(nnx.eval_shape(lambda: LizardMixer(config, rngs=nnx.Rngs(0))))
+
+
 def comes_together(mixer: LizardMixer) -> bool:
     """Whether all its parameters are of one head each, so that classes of heads can be put together."""
-    more = of_heads(mixer.config, mixer.config.kv_heads + 1)
-    wider = nnx.eval_shape(lambda: LizardMixer(more, rngs=nnx.Rngs(0)))
-    leaves = (jax.tree.leaves(nnx.state(one)) for one in (mixer, wider))
+    _, wider = _shapes(of_heads(mixer.config, mixer.config.kv_heads + 1))
+    leaves = jax.tree.leaves(nnx.state(mixer)), jax.tree.leaves(wider)
     return all(a.shape != b.shape for a, b in zip(*leaves, strict=True))
 
 
@@ -241,7 +247,7 @@ def one_class(mixers: Sequence[LizardMixer]) -> tuple[LizardMixer, Int[Array, " 
     config, kept = mixers[0].config, [mixer.switches.kept for mixer in mixers]
     kv_heads = [mixer.config.kv_heads for mixer in mixers]
     whole = of_heads(config, sum(kv_heads), kept=max(kept))
-    graph, wanted = nnx.split(nnx.eval_shape(lambda: LizardMixer(whole, rngs=nnx.Rngs(0))))
+    graph, wanted = _shapes(whole)
 
     def joined(wide: jax.ShapeDtypeStruct, *parts: Array) -> Array:
         (axis,) = (i for i, (a, b) in enumerate(zip(wide.shape, parts[0].shape, strict=True)) if a != b)
