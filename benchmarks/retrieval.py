@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         model = load()
         row = rows.setdefault(name, {"found": {}})
-        row["bytes"] = {str(n): budgets.state_bytes(model.config, n) for n in args.lengths}
+        row["bytes"] = budgets.state_bytes(model.config, budgets.LENGTH)
         for length in missing:
             row["found"][str(length)] = found(args, model, measure, length)
             print(name, length, json.dumps(row["found"][str(length)]), flush=True)
@@ -96,30 +96,31 @@ def run(args: argparse.Namespace) -> int:
 def show(args: argparse.Namespace, rows: dict[str, Any]) -> None:
     """The table as Markdown, and the heat maps."""
     lengths = sorted(map(int, rows["teacher"]["found"]))
-    longest = str(lengths[-1])
-    parts = ("passkey", "two of four", "recall")
+    parts = ("passkey", "two of four", "recall of pairs")
     heads = [f"{part} {length:,}" for part in parts for length in lengths]
-    lines = [f"| | MiB at {lengths[-1]:,} | " + " | ".join(heads) + " |", "|---|---:|" + "---:|" * len(heads)]
+    lines = [f"| | MiB at {budgets.LENGTH:,} | " + " | ".join(heads) + " |", "|---|---:|" + "---:|" * len(heads)]
     for name, row in rows.items():
+        each = [row["found"].get(str(length)) for length in lengths]
         numbers = [
-            f"{100 * value:.0f}"
-            for of in (lambda one: float(np.mean(one["depths"])), lambda one: one["queries"], lambda one: one["recall"])
-            for value in (of(row["found"][str(length)]) for length in lengths)
-        ]
-        lines.append(f"| {name} | {row['bytes'][longest] / 2**20:.1f} | " + " | ".join(numbers) + " |")
+            f"{100 * float(np.mean(one[part])):.0f}" if one else ""
+            for part in ("depths", "queries", "recall") for one in each
+        ]  # fmt: skip
+        lines.append(f"| {name} | {row['bytes'] / 2**20:.1f} | " + " | ".join(numbers) + " |")
     write_atomic(args.table.with_suffix(".md"), "\n".join(lines) + "\n")
     print("\n".join(lines))
     figure, axes = plt.subplots(
         1, len(rows), figsize=(1 + 2.6 * len(rows), 3.2), layout="constrained", sharey=True, squeeze=False
     )
     for axis, (name, row) in zip(axes[0], rows.items(), strict=True):
-        grid = np.array([row["found"][str(length)]["depths"] for length in lengths]).T
+        none = {"depths": [np.nan] * args.depths}
+        grid = np.array([row["found"].get(str(length), none)["depths"] for length in lengths]).T
         axis.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
         for (down, across), value in np.ndenumerate(grid):
-            axis.text(across, down, f"{value:.2g}", ha="center", va="center", fontsize="small")
+            if not np.isnan(value):
+                axis.text(across, down, f"{value:.2g}", ha="center", va="center", fontsize="small")
         axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
         axis.set_yticks(range(args.depths), [f"{100 * (part + 0.5) / args.depths:.0f}%" for part in range(args.depths)])
-        axis.set_title(f"{name}\n{row['bytes'][longest] / 2**20:.1f} MiB at {lengths[-1]:,}", fontsize="small")
+        axis.set_title(f"{name}\n{row['bytes'] / 2**20:.1f} MiB at {budgets.LENGTH:,}", fontsize="small")
         axis.set_xlabel("tokens")
     axes[0][0].set_ylabel("depth of the passkey")
     figure.savefig(args.table.with_suffix(".png"), dpi=110)
