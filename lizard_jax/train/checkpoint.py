@@ -235,11 +235,11 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
 def _abstract(tree: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     sizes = dict(mesh.shape)
 
-    def path(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    def placed(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
         spec = sharding.partition_spec(name, leaf.shape, sizes)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
-    return {name: path(name, leaf) for name, leaf in named(tree).items()}
+    return {name: placed(name, leaf) for name, leaf in named(tree).items()}
 
 
 def bytes_needed(items: Iterable[Any]) -> int:
