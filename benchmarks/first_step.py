@@ -51,10 +51,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
     """Nothing is shared inside."""
-    with (
-        mock.patch.object(reuse, "Tracer", ()),
-        mock.patch.object(split_attention, "one_call_pays", return_value=False),
-    ):
+    with reuse.apart(), mock.patch.object(split_attention, "one_call_pays", return_value=False):
         yield
 
 

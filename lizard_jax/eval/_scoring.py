@@ -17,6 +17,7 @@ import numpy as np
 from lizard_jax.errors import UserError
 from lizard_jax.generate.decode import PREFILL, blocks, capacity, chunks
 from lizard_jax.models.llama import Llama
+from lizard_jax.nn import reuse
 from lizard_jax.typing import Array, Bool, Float, Int
 
 Tokens = tuple[int, ...]
@@ -46,6 +47,7 @@ def _scores(
 
 
 @functools.partial(jax.jit, donate_argnums=(2, 3))
+@reuse.scope()
 def _read(
     model: Llama, tokens: Int[Array, "B T"], state: Any, last: Float[Array, "B D"], lengths: Int[Array, " B"]
 ) -> tuple[Float[Array, "B D"], Any]:
@@ -56,6 +58,7 @@ def _read(
 
 
 @functools.partial(jax.jit, donate_argnums=(2,))
+@reuse.scope()
 def _read_scored(
     model: Llama, tokens: Int[Array, "B T"], state: Any, lengths: Int[Array, " B"], targets: Int[Array, "B T"]
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"], Any]:

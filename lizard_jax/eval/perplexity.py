@@ -99,11 +99,15 @@ def _steps() -> tuple[Callable, Callable]:
     every target [B, T], state)``; the state is donated. Made when first needed: importing jax takes a second."""
     import jax
 
+    from lizard_jax.nn import reuse
+
     @functools.partial(jax.jit, donate_argnums=(2,))
+    @reuse.scope()
     def read(model: "Llama", tokens: Any, state: Any, lengths: Any) -> Any:
         return model.extend_hidden(tokens, state, lengths)[1]
 
     @functools.partial(jax.jit, donate_argnums=(3,))
+    @reuse.scope()
     def score(model: "Llama", tokens: Any, targets: Any, state: Any, lengths: Any) -> Any:
         hidden, state = model.extend_hidden(tokens, state, lengths)
         return by_slices(model, lambda h, t: token_losses(model.logits(h), t), hidden, targets), state

@@ -132,7 +132,10 @@ def _read() -> Callable:
     import jax
     import jax.numpy as jnp
 
+    from lizard_jax.nn import reuse
+
     @functools.partial(jax.jit, donate_argnums=(2, 3))
+    @reuse.scope()
     def read(model: "Llama", tokens: Any, state: Any, gathered: Any, places: Any, lengths: Any) -> Any:
         hidden, state = model.extend_hidden(tokens, state, lengths)
         inside = (places >= 0) & (places < tokens.shape[1])

@@ -141,7 +141,10 @@ def likeliest(
     import jax
     import jax.numpy as jnp
 
+    from lizard_jax.nn import reuse
+
     @jax.jit
+    @reuse.scope()
     def best(model: "Llama", tokens: Any, rows: Any) -> Any:
         return model.logits(jnp.take_along_axis(model.hidden(tokens), rows[..., None], axis=1)).argmax(-1)
 

@@ -16,6 +16,7 @@ import numpy as np
 from lizard_jax.errors import UserError
 from lizard_jax.generate.sampling import Sampling, draw
 from lizard_jax.models.llama import Llama
+from lizard_jax.nn import reuse
 from lizard_jax.nn.cache import KVCache
 from lizard_jax.nn.finite import not_finite
 from lizard_jax.typing import Array, Bool, Float, Int
@@ -52,6 +53,7 @@ class Carry:
 
 
 @functools.partial(jax.jit, donate_argnums=(2, 3))
+@reuse.scope()
 def _read(
     model: Llama, tokens: Int[Array, "B T"], state: Any, hidden: Float[Array, "B D"], lengths: Int[Array, " B"]
 ) -> tuple[Float[Array, "B D"], Any]:
@@ -161,6 +163,7 @@ def _drawn(carry: Carry, token: Int[Array, " B"], stops: tuple[int, ...]) -> Car
 
 
 @functools.partial(jax.jit, static_argnames=("sampling", "stops"), donate_argnums=(1,))
+@reuse.scope()
 def _write(
     model: Llama, carry: Carry, count: Int[Array, ""], *, sampling: Sampling, stops: tuple[int, ...]
 ) -> tuple[Int[Array, "BLOCK B"], Carry]:

@@ -8,7 +8,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lizard_jax.config import LoraConfig, ModelConfig
-from lizard_jax.nn import reuse
 from lizard_jax.nn.attention import Attention
 from lizard_jax.nn.layers import MLP, Embedding, Linear, RMSNorm
 from lizard_jax.nn.numerics import accumulation_dtype
@@ -82,9 +81,8 @@ class Llama(nnx.Module):
         if remat:
             run = jax.checkpoint(run)
         x = self.embed(tokens)
-        with reuse.scope(x):
-            for block in self.layers:
-                x = run(block, x, segment_ids)
+        for block in self.layers:
+            x = run(block, x, segment_ids)
         return self.norm(x)
 
     def head(self) -> Float[Array, "D V"]:
@@ -125,8 +123,7 @@ class Llama(nnx.Module):
             lengths = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
         x = self.embed(tokens)
         after = []
-        with reuse.scope(x, state):
-            for block, layer_state in zip(self.layers, state, strict=True):
-                x, layer_state = block.extend(x, layer_state, lengths)
-                after.append(layer_state)
+        for block, layer_state in zip(self.layers, state, strict=True):
+            x, layer_state = block.extend(x, layer_state, lengths)
+            after.append(layer_state)
         return self.norm(x), tuple(after)

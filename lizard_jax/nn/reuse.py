@@ -13,26 +13,38 @@ from typing import Any, Concatenate
 
 import jax
 from flax import nnx
-from jax.core import Tracer
 
 _run: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.ContextVar("shared_trace", default=None)
 
 
-@contextlib.contextmanager
-def scope(*arrays: Any) -> Iterator[None]:
-    """Share traces inside, where these arrays are traced; one computation after the other would compile anew each time.
+def _called(state: nnx.State, args: Any, kwargs: Any, *, method: Callable[..., Any], graph: Any) -> Any:
+    return method(nnx.merge(graph, state), *args, **kwargs)
 
-    What a method reads beside its module and arguments (the mesh that kernels are split over, a chip to compile for)
-    must not change inside.
+
+@contextlib.contextmanager
+def scope() -> Iterator[None]:
+    """Share traces inside; also a decorator, ``@scope()``, of functions that are jitted.
+
+    For what is traced as a whole: outside of jit every scope would compile anew. What a method reads beside its module
+    and arguments (the mesh that kernels are split over, a chip to compile for) must not change inside.
     """
-    if _run.get() is not None or not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arrays)):
+    if _run.get() is not None:
         yield
         return
 
-    def run(state: nnx.State, args: Any, kwargs: Any, *, method: Callable[..., Any], graph: Any) -> Any:
-        return method(nnx.merge(graph, state), *args, **kwargs)
+    # A function of this scope alone: JAX keeps what it traced by the function, and elsewhere the mesh is another.
+    own = jax.jit(lambda *args, **kinds: _called(*args, **kinds), static_argnames=("method", "graph"))
+    token = _run.set(own)
+    try:
+        yield
+    finally:
+        _run.reset(token)
 
-    token = _run.set(jax.jit(run, static_argnames=("method", "graph")))
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Trace every module for itself inside, whatever scopes there are: what sharing is compared with."""
+    token = _run.set(_called)
     try:
         yield
     finally:

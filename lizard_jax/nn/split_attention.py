@@ -6,7 +6,7 @@ over its own heads alone.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -268,12 +268,10 @@ class Student:
 
     Attributes:
         mixer: the Lizard attention.
-        path: where it lies below the layer's mixer.
         number: which class of ``split`` it is, where it is not all of the layer.
     """
 
     mixer: LizardMixer
-    path: tuple[str | int, ...] = ()
     number: int = 0
     split: SplitMixer | None = None
 
@@ -292,25 +290,15 @@ def students_of(mixer: nnx.Module) -> list[Student]:
         return [Student(mixer)] if mixer.switches.adds_modules else []
     if not isinstance(mixer, SplitMixer) or not mixer.short.switches.adds_modules:
         return []
-    return [
-        Student(part, ("short",) if i == 0 else ("more", i - 1), i, mixer) for i, part in enumerate(mixer.linearized)
-    ]
+    return [Student(part, i, mixer) for i, part in enumerate(mixer.linearized)]
 
 
-def learned_heads(
-    mixer: LizardMixer | SplitMixer,
-    x: Float[Array, "B T D"],
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    *,
-    segment_ids: Int[Array, "B T"] | None = None,
-) -> Float[Array, "B T Nl H"]:
-    """The outputs of those heads of a layer that have something to learn; in the order of ``taught_heads``."""
-    heads = mixer.linear_heads if isinstance(mixer, SplitMixer) else mixer
-    return heads(x, q, k, v, segment_ids=segment_ids)
+def learner_of(mixer: LizardMixer | SplitMixer) -> Callable[..., Float[Array, "B T Nl H"]]:
+    """Those heads of a layer that have something to learn, as a function of what the mixer takes, in the order of
+    ``taught_heads``."""
+    return mixer.linear_heads if isinstance(mixer, SplitMixer) else mixer
 
 
 def taught_heads(mixer: LizardMixer | SplitMixer, all_heads: Float[Array, "B T N H"]) -> Float[Array, "B T Nl H"]:
-    """Of the teacher's outputs of all heads of the layer those that ``learned_heads`` are compared with."""
+    """Of the teacher's outputs of all heads of the layer those that the learner's are compared with."""
     return _take(all_heads, mixer.linear_q_heads) if isinstance(mixer, SplitMixer) else all_heads

@@ -25,7 +25,7 @@ from lizard_jax.nn import reuse
 from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.nn.params import BaseParam, LoraParam, NewParam
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
-from lizard_jax.nn.split_attention import learned_heads, students_of, taught_heads
+from lizard_jax.nn.split_attention import learner_of, students_of, taught_heads
 from lizard_jax.typing import Array
 
 
@@ -66,6 +66,7 @@ def _arrays(batch: Batch) -> tuple[Array, Array, Array, Array]:
     )
 
 
+@reuse.scope()
 def loss_and_grads(config: RunConfig, model: Llama, batch: Batch) -> tuple[nnx.State, dict[str, Array]]:
     """Gradients of the stage's loss over its trainable parameters, and the step's metrics.
 
@@ -75,8 +76,7 @@ def loss_and_grads(config: RunConfig, model: Llama, batch: Batch) -> tuple[nnx.S
         both parts, ``nll`` and ``kl`` in stage 2.
     """
     if config.stage == 1:
-        with reuse.scope(batch):
-            return _distil(model, batch)
+        return _distil(model, batch)
     graph, train, rest = nnx.split(model, trainable(config), ...)
     inputs, targets, segments, mask = _arrays(batch)
     share = kl_share(config)
@@ -124,7 +124,7 @@ def _distil(model: Llama, batch: Batch) -> tuple[nnx.State, dict[str, Array]]:
             graph, new, rest = nnx.split(mixer, NewParam, ...)
 
             def error(params, inputs=(normed, q, k, v), target=target, graph=graph, rest=rest):
-                heads = learned_heads(nnx.merge(graph, params, rest), *inputs, segment_ids=segments)
+                heads = learner_of(nnx.merge(graph, params, rest))(*inputs, segment_ids=segments)
                 total = head_error(heads, target, segments)
                 # Layers differ by orders of magnitude; relative to its teacher's, each error counts alike.
                 relative = total / jnp.maximum(head_power(target, segments), jnp.finfo(total.dtype).tiny)
@@ -151,6 +151,7 @@ def _after(first: Any, x: Array) -> Array:
     return jnp.where(largest == jnp.inf, largest.astype(x.dtype), x)
 
 
+@reuse.scope()
 def evaluate(config: RunConfig, model: Llama, batch: Batch) -> dict[str, Array]:
     """Sums over one held-out batch, to be added up and handed to ``finish``.
 
@@ -158,22 +159,21 @@ def evaluate(config: RunConfig, model: Llama, batch: Batch) -> dict[str, Array]:
     ``positions`` where the teacher is still inside the model (stages 1 and 2, except full fine-tuning, which moves it).
     """
     inputs, targets, segments, mask = _arrays(batch)
+    hidden = model.hidden(inputs, segment_ids=segments)
+    if config.stage == 0 or config.full:
+        return {"student_nll": cross_entropy(model, hidden, targets, mask), "tokens": mask.sum()}
+    teacher = teacher_of(model)
     errors, powers = [], []
-    with reuse.scope(inputs):
-        hidden = model.hidden(inputs, segment_ids=segments)
-        if config.stage == 0 or config.full:
-            return {"student_nll": cross_entropy(model, hidden, targets, mask), "tokens": mask.sum()}
-        teacher = teacher_of(model)
-        x = teacher.embed(inputs)
-        for teacher_block, student_block in zip(teacher.layers, model.layers, strict=True):
-            heads = {}
-            normed = teacher_block.attention_norm(x)
-            for name, block in (("teacher", teacher_block), ("student", student_block)):
-                q, k, v = block.attention.qkv(normed)
-                heads[name] = block.attention.mixer(normed, q, k, v, segment_ids=segments)
-            errors.append(head_error(heads["student"], heads["teacher"], segments))
-            powers.append(head_power(heads["teacher"], segments))
-            x = teacher_block.after_heads(x, heads["teacher"])
+    x = teacher.embed(inputs)
+    for teacher_block, student_block in zip(teacher.layers, model.layers, strict=True):
+        heads = {}
+        normed = teacher_block.attention_norm(x)
+        for name, block in (("teacher", teacher_block), ("student", student_block)):
+            q, k, v = block.attention.qkv(normed)
+            heads[name] = block.attention.mixer(normed, q, k, v, segment_ids=segments)
+        errors.append(head_error(heads["student"], heads["teacher"], segments))
+        powers.append(head_power(heads["teacher"], segments))
+        x = teacher_block.after_heads(x, heads["teacher"])
     taught = teacher.norm(x)
     nll, kl = prediction_losses(model, hidden, targets, mask, taught)
     return {

@@ -1,5 +1,7 @@
 """One trace for all layers of a kind: as many as there are kinds, and the same numbers."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,21 +32,25 @@ def test_layers_of_a_kind_are_traced_once(monkeypatch):
     def loss(model, tokens):
         return jnp.square(model(tokens)).mean()
 
-    jax.jit(jax.value_and_grad(loss)).trace(model, tokens)
+    shared = reuse.scope()(loss)
+    jax.jit(jax.value_and_grad(shared)).trace(model, tokens)
     # Layers 0, 3 and 4 are alike; layer 1 has two classes of heads.
     assert sorted(kinds) == [(1, 2), (1, 3), (2, 2)]
-    value = jax.jit(loss)(model, tokens)
-    kinds.clear()
-    monkeypatch.setattr(reuse, "Tracer", ())  # nothing counts as traced
-    alone = jax.jit(lambda *a: loss(*a))(model, tokens)
-    assert len(kinds) == 5
-    np.testing.assert_allclose(value, alone, rtol=1e-6)
+    value = jax.jit(shared)(model, tokens)
+    for without in (contextlib.nullcontext(), reuse.apart()):
+        kinds.clear()
+        with without:
+            alone = jax.jit(lambda *a: loss(*a))(model, tokens)
+        assert len(kinds) == 5
+        np.testing.assert_allclose(value, alone, rtol=1e-6)
 
 
-def test_what_is_not_traced_is_not_compiled(monkeypatch):
-    """One call after the other of a model outside of jit would compile each time."""
-    model = build(CONFIG, rngs=nnx.Rngs(0))
-    monkeypatch.setattr(jax, "jit", None)
-    with reuse.scope(jnp.zeros(3), None), reuse.scope():
-        assert reuse._run.get() is None
-    assert model.init_state(1, 8)[0].position.shape == (1,)
+def test_a_scope_inside_a_scope_shares_with_it_and_leaves_it():
+    with reuse.scope():
+        outer = reuse._run.get()
+        with reuse.scope():
+            assert reuse._run.get() is outer
+        assert reuse._run.get() is outer is not None
+        with reuse.apart():
+            assert reuse._run.get() is not outer
+    assert reuse._run.get() is None

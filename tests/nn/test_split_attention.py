@@ -211,9 +211,10 @@ def test_a_layer_is_what_its_heads_make_it():
     assert student.mixer is split.short
     assert isinstance(kind(budgets=("0.0=20+8", "0.1=20+8", "0.2=20+8")), LizardMixer)
     several = kind("0.1", budgets=("0.2=20+8",))
-    assert [(one.path, one.mixer.switches.window) for one in students_of(several)] == [
-        (("short",), ATTENTION.window), (("more", 0), 20),
-    ]  # fmt: skip
+    assert isinstance(several, SplitMixer)
+    first, second = students_of(several)
+    assert (first.mixer, second.mixer) == (several.short, several.more[0])
+    assert [(one.number, one.mixer.switches.window) for one in (first, second)] == [(0, ATTENTION.window), (1, 20)]
 
 
 @pytest.mark.parametrize(
