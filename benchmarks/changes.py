@@ -56,11 +56,6 @@ sys.exit(command.main())
 """Stage 1 with the mean squared error of every layer as it is, which no flag of train.py asks for."""
 
 
-def place(args: argparse.Namespace, name: str) -> Path:
-    """Where a row's runs go."""
-    return args.out / "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in name)
-
-
 def held_out(where: Path) -> float:
     """The held-out loss of the weights that a stage hands on, by its own validation."""
     return json.loads((where / "result.json").read_text())["after"]["loss"]
@@ -112,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         write(args, settings, rows)
 
     for name in args.rows or CHANGES:
-        attention, where = dataclasses.replace(base, **CHANGES[name]), place(args, name)
+        attention, where = dataclasses.replace(base, **CHANGES[name]), recovery.folder(args, name)
         if name != ABSOLUTE and recovery.WHENS[0] in args.whens:
             add(f"{name}, no training", attention, "no training", where)
         if recovery.WHENS[1] not in args.whens:
@@ -121,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         recovery.train(args, attention, 1, where, text, command)
         add(f"{name}, stage 1", attention, "stage 1", where)
     for share in args.shares if recovery.WHENS[2] in args.whens else ():
-        first, where = place(args, "the recipe"), place(args, f"stage 2 {share:g}")
+        first, where = recovery.folder(args, "the recipe"), recovery.folder(args, f"stage 2 {share:g}")
         if not (first / "stage1" / "result.json").is_file():
             raise UserError("stage 2 goes on from the recipe's stage 1; let --rows have it")
         if not (where / "stage1").is_dir():

@@ -27,7 +27,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from lizard_jax.atomic import write_atomic
 from lizard_jax.cli import from_dict
@@ -42,7 +42,6 @@ from lizard_jax.plan.program import launches
 from lizard_jax.plan.step import batch_of, state_of
 from lizard_jax.program import ended
 from lizard_jax.train import stages
-from pallas_kernels import target
 from pallas_kernels.chips import CHIPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,10 +92,7 @@ def layer(shape: ModelConfig, number: int, length: int, name: str) -> dict[str, 
         jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), state), array((1, length, shape.hidden_size)),
         array((1, length, shape.num_heads, shape.head_dim)), array(kv), array(kv),
     )  # fmt: skip
-    cores = getattr(device, "num_cores" if chip.platform == "tpu" else "core_count", None)
-    abstract = AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, cores, chip.platform))
-    with target.override(target.Target(chip.platform, chip.target)), jax.sharding.use_abstract_mesh(abstract):
-        platforms = ("tpu" if chip.platform == "tpu" else "cuda",)
+    with absent.tracing_for(chip.platform, chip.target, device) as platforms:
         lowered, before = seconds(lambda: jax.jit(jax.grad(loss)).trace(*given).lower(lowering_platforms=platforms))
         program, compiling = seconds(lowered.compile)
     return {"trace and lower": before, "compile": compiling, "launches": launches(program.as_text() or "")}

@@ -34,7 +34,7 @@ import matplotlib as mpl
 import numpy as np
 from tqdm import tqdm
 
-import lizard_jax
+from benchmarks import named
 from benchmarks.equal_bytes import LONGEST, pairs_worth
 from benchmarks.recovery import score_texts
 from lizard_jax.atomic import write_atomic
@@ -140,11 +140,8 @@ def run(args: argparse.Namespace) -> int:
             switches = student(args, config, family, tokens)
             make_one = partial(load_hf, args.teacher, attention=switches, dtype="float32")
             cases[f"{family}, {tokens:,}"] = (family, make_one)
-    for text in args.students:
-        name, _, directory = text.partition("=")
-        if not directory:
-            raise UserError(f"--students {text}: give NAME=DIR")
-        cases[name] = ("trained", partial(lizard_jax.load, directory))
+    for name, load in named.students(args.students).items():
+        cases[name] = ("trained", load)
     if unknown := set(args.rows) - set(cases):
         raise UserError(f"no row {', '.join(sorted(unknown))}; choose from {'; '.join(cases)}")
     names = ("window", "reach", "texts", "needles")

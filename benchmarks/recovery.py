@@ -96,6 +96,11 @@ def sizes(args: argparse.Namespace, attention: LizardConfig | None) -> dict[str,
 # ------------------------------------------------------------------------------------------------- training
 
 
+def folder(args: argparse.Namespace, name: str) -> Path:
+    """Where the runs of a row go."""
+    return args.out / re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII)
+
+
 def training_text(sources: list[Path], tokenizer: Any, out: Path) -> Path:
     """One text of all sources in random order; instructions and answers in the tokenizer's chat form.
 
@@ -385,7 +390,7 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
     for name in args.rows or variants:
         attention = variants[name]
-        where = args.out / name.replace(", ", "_").replace(" ", "_")
+        where = folder(args, name)
         for number, when in enumerate(WHENS):
             if when not in args.whens or (number == 1 and not attention.adds_modules):
                 continue

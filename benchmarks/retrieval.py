@@ -24,13 +24,12 @@ import jax
 import matplotlib as mpl
 import numpy as np
 
-import lizard_jax
+from benchmarks import named
 from lizard_jax.atomic import write_atomic
 from lizard_jax.convert.load import load_hf
 from lizard_jax.data.haystack import Measure, sentences
 from lizard_jax.data.passkey import PasskeySet
 from lizard_jax.data.text import affixes, load_tokenizer
-from lizard_jax.errors import UserError
 from lizard_jax.eval import passkey, recall, ruler
 from lizard_jax.models import Llama
 from lizard_jax.program import ended
@@ -65,12 +64,8 @@ def found(args: argparse.Namespace, model: Llama, measure: Measure, length: int)
 
 def run(args: argparse.Namespace) -> int:
     """The work of ``main``."""
-    cases = {"teacher": partial(load_hf, args.teacher, dtype="float32")}
-    for text in args.students:
-        name, _, directory = text.partition("=")
-        if not directory:
-            raise UserError(f"--students {text}: give NAME=DIR")
-        cases[name] = partial(lizard_jax.load, directory)
+    teacher = partial(load_hf, args.teacher, dtype="float32")
+    cases = {"teacher": teacher, **named.students(args.students)}
     document = args.book.read_text(encoding="utf-8").split("<|endoftext|>")[-1]
     measure = Measure(load_tokenizer(args.teacher), sentences(document))
     settings = {name: getattr(args, name) for name in ("depths", "samples", "queries")}

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-import lizard_jax
+from benchmarks import named
 from benchmarks.recovery_tasks import done, tasks
 from lizard_jax.atomic import write_atomic
 from lizard_jax.convert.load import load_hf
@@ -50,12 +50,8 @@ def run(args: argparse.Namespace) -> int:
     """The work of ``main``."""
     if not tasks(args):
         raise UserError("nothing to ask; give --hellaswag, --book or --ask")
-    cases = {"teacher": functools.partial(load_hf, args.teacher, dtype="float32")}
-    for text in args.students:
-        name, _, directory = text.partition("=")
-        if not directory:
-            raise UserError(f"--students {text}: give NAME=DIR")
-        cases[name] = functools.partial(lizard_jax.load, directory)
+    teacher = functools.partial(load_hf, args.teacher, dtype="float32")
+    cases = {"teacher": teacher, **named.students(args.students)}
     args.out.mkdir(parents=True, exist_ok=True)
     rows = {}
     for name, load in cases.items():

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.extend.core import subjaxprs
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from lizard_jax.plan import absent
 from lizard_jax.plan.absent import CannotCompile
-from pallas_kernels import chips, target
+from pallas_kernels import chips
 
 if TYPE_CHECKING:
     from jax.extend.core import Jaxpr
@@ -105,14 +105,12 @@ def compile_for(chip: str, function: Callable, *arguments: PyTree[jax.ShapeDtype
         raise CannotCompile(f"no compiler for {chip!r}; there are {', '.join(CHIPS)}")
     platform = "tpu" if chip in TPUS else "gpu"
     device = tpu_slice(chip)[0] if platform == "tpu" else absent.gpus(_GPUS[chip], 1)[0]
-    cores = getattr(device, "num_cores" if platform == "tpu" else "core_count", None)
-    mesh = AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, cores, platform))
     sharding = SingleDeviceSharding(device)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
-    with target.override(target.Target(platform, chip)), jax.sharding.use_abstract_mesh(mesh), _chosen_knowingly():
+    with absent.tracing_for(platform, chip, device) as platforms, _chosen_knowingly():
         # A new function each time: jit would hand back what it traced for another target.
         traced = jax.jit(lambda *args: function(*args)).trace(*arguments)
-        lowered = traced.lower(lowering_platforms=("tpu" if platform == "tpu" else "cuda",))
+        lowered = traced.lower(lowering_platforms=platforms)
     if platform == "tpu":
         for note in (notes := _tpu_notes()).iterdir():
             note.unlink()

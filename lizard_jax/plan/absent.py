@@ -13,8 +13,11 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh
 
+from pallas_kernels import target
 from pallas_kernels.chips import Chip
 
 _FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -111,3 +114,18 @@ def gpus(chip: Chip, count: int) -> tuple[Any, ...]:
     hosts = max(1, count // chip.node)
     shape = f"1x{hosts}x{count // hosts}"
     return tuple(topologies.get_topology_desc("", platform="cuda", target_config=config, topology=shape).devices)
+
+
+@contextlib.contextmanager
+def tracing_for(platform: str, chip: str, device: Any) -> Iterator[tuple[str]]:
+    """Inside, what is traced and lowered is for a device that is not here; gives what to lower with, as JAX's
+    ``lowering_platforms``.
+
+    Args:
+        platform, chip: as a ``Target`` has them.
+        device: one of ``tpus`` or ``gpus``.
+    """
+    cores = getattr(device, "num_cores" if platform == "tpu" else "core_count", None)
+    mesh = AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, cores, platform))
+    with target.override(target.Target(platform, chip)), jax.sharding.use_abstract_mesh(mesh):
+        yield ("tpu" if platform == "tpu" else "cuda",)

@@ -39,6 +39,11 @@ class Operation:
     rest: str
     text: str
 
+    @property
+    def called(self) -> dict[str, str]:
+        """The computations that it runs, by their part in it."""
+        return dict(re.findall(r"\b(condition|body|calls|to_apply)=%?([\w.-]+)", self.rest))
+
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
@@ -79,7 +84,7 @@ def moved(text: str, devices: int) -> Moved:
         total, seen = 0.0, set()
         shapes = {one.name: one.shape for one in parts[name]}
         for one in parts[name]:
-            called = dict(re.findall(r"\b(condition|body|calls|to_apply)=%?([\w.-]+)", one.rest))
+            called = one.called
             if one.kind == "while":
                 total += run(called["body"], times * _trips(parts, called["condition"]))
             elif one.kind == "conditional":
@@ -114,7 +119,7 @@ def launches(text: str) -> int:
     def run(name: str) -> int:
         total = 0
         for one in parts[name]:
-            called = dict(re.findall(r"\b(condition|body|calls|to_apply)=%?([\w.-]+)", one.rest))
+            called = one.called
             if one.kind == "while":
                 total += run(called["body"]) * _trips(parts, called["condition"])
             elif one.kind in ("call", "async-start") and (inner := called.get("to_apply") or called.get("calls")):

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
+from jax.sharding import AxisType, Mesh
 
 from lizard_jax import sharding
 from lizard_jax.config import ModelConfig, RunConfig
 from lizard_jax.data.loader import Batch
 from lizard_jax.lora import add_lora
 from lizard_jax.models import build
+from lizard_jax.plan import absent
 from lizard_jax.plan.flops import matmul_flops
 from lizard_jax.plan.program import Moved, moved
 from lizard_jax.train import stages
@@ -108,13 +109,10 @@ def compiled(config: RunConfig, shape: ModelConfig, chip: Chip, mesh: Mesh) -> S
     """The step of a run, compiled for a mesh of a chip's devices."""
     optimizer, state = Optimizer(config.optim, 10), state_of(config, shape)
     device = mesh.devices.flat[0]
-    cores = getattr(device, "num_cores" if chip.platform == "tpu" else "core_count", None)
-    abstract = AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, cores, chip.platform))
-    with target.override(target.Target(chip.platform, chip.target)), jax.sharding.use_abstract_mesh(abstract), _quiet():
+    with absent.tracing_for(chip.platform, chip.target, device) as platforms, _quiet():
         step: Any = train_step(config, optimizer, state, mesh)
         traced = step.trace(state.trainable, state.optimizer, state.frozen, batch_of(config))
-        lowered = traced.lower(lowering_platforms=("tpu" if chip.platform == "tpu" else "cuda",))
-        program = lowered.compile()
+        program = traced.lower(lowering_platforms=platforms).compile()
     memory = program.memory_analysis()
     assert memory is not None
     temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
