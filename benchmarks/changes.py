@@ -78,9 +78,7 @@ def write(args: argparse.Namespace, settings: dict[str, Any], rows: dict[str, An
 
 def run(args: argparse.Namespace) -> int:
     """The work of ``main``."""
-    for source in (*args.train, *args.score):
-        if not source.is_file():
-            raise UserError(f"no text at {source}")
+    recovery.check(args.teacher, *args.train, *args.score)
     if unknown := set(args.rows or ()) - set(CHANGES):
         raise UserError(f"no row {', '.join(sorted(unknown))}; choose from {', '.join(CHANGES)}")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """What a run costs before its first step: seconds of tracing, lowering and compiling, and what the program launches.
 
     uv run benchmarks/first_step.py runs/mine/stage1
-    uv run --group test benchmarks/first_step.py runs/mine/stage1 --layer 3 --chip v5e --chip h100
+    uv run --group test python -m benchmarks.first_step runs/mine/stage1 --layer 3 --chip v5e --chip h100
 
 The step of a run that lies there, with its own split of key heads; no weight is read. The first form traces and lowers
 all of it, for a CPU. With ``--layer`` that layer's linearized heads alone, with their gradient, are compiled for chips
@@ -102,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
     """The work of ``main``."""
     if unknown := set(args.chip) - set(CHIPS):
         raise UserError(f"no chip {', '.join(sorted(unknown))}; the chips are {', '.join(CHIPS)}")
+    if (args.layer is None) == bool(args.chip):
+        raise UserError("--layer and --chip belong together: one layer is compiled for chips, all are traced without")
     record = read_json(args.run / "run.json")
     config, shape = from_dict(RunConfig, record["config"]), from_dict(ModelConfig, record["model"])
     name, cases = args.run.parent.name, {}

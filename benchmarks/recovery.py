@@ -346,11 +346,22 @@ def main() -> int:
     return ended(lambda: run(args), interrupted="interrupted; what is trained and scored so far is kept")
 
 
+def check(teacher: Path, *texts: Path | None) -> None:
+    """Refuses what is not there before anything slow begins.
+
+    Raises:
+        UserError: there is no checkpoint at ``teacher``, or a text is missing.
+    """
+    if not (teacher / "config.json").is_file():
+        raise UserError(f"no checkpoint at {teacher}; give the HF directory of the teacher")
+    for text in texts:
+        if text is not None and not text.is_file():
+            raise UserError(f"no text at {text}")
+
+
 def run(args: argparse.Namespace) -> int:
     """The work of ``main``."""
-    for source in (*args.train, *args.score, args.hellaswag, args.book):
-        if source is not None and not source.is_file():
-            raise UserError(f"no text at {source}")
+    check(args.teacher, *args.train, *args.score, args.hellaswag, args.book)
     tokenizer = load_tokenizer(args.teacher)
     if args.ask and not tokenizer.chat_template:
         raise UserError(f"the tokenizer in {args.teacher} has no chat template to ask through; leave out --ask")

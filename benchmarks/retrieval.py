@@ -24,7 +24,7 @@ import jax
 import matplotlib as mpl
 import numpy as np
 
-from benchmarks import named
+from benchmarks import named, recovery
 from lizard_jax.atomic import write_atomic
 from lizard_jax.convert.load import load_hf
 from lizard_jax.data.haystack import Measure, sentences
@@ -64,6 +64,7 @@ def found(args: argparse.Namespace, model: Llama, measure: Measure, length: int)
 
 def run(args: argparse.Namespace) -> int:
     """The work of ``main``."""
+    recovery.check(args.teacher, args.book)
     teacher = partial(load_hf, args.teacher, dtype="float32")
     cases = {"teacher": teacher, **named.students(args.students)}
     document = args.book.read_text(encoding="utf-8").split("<|endoftext|>")[-1]

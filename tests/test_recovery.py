@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import changes, recovery, retrieval
+from benchmarks import changes, first_step, recovery, retrieval
 from benchmarks.equal_bytes import state_bytes, students
 from lizard_jax.cli import load_recipe, parse
 from lizard_jax.config import RunConfig
@@ -151,12 +151,27 @@ def test_the_plain_error_is_the_mean_square(monkeypatch):
 
 def test_changes_refuse_what_is_not_there(monkeypatch, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("some")
-    for more, words in ((["--rows", "nothing"], "no row nothing"), (["--train", "none.txt"], "no text at none.txt")):
+    for more, words in (
+        (["--rows", "nothing"], "no row nothing"), (["--train", "none.txt"], "no text at none.txt"),
+        (["--teacher", "nowhere"], "no checkpoint at nowhere"),
+    ):  # fmt: skip
         text = str(tmp_path / "text.txt")
         given = ["changes.py", "--teacher", str(teacher_path()), "--train", text, "--score", text, *more]
         monkeypatch.setattr(sys, "argv", given)
         assert changes.main() == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_first_step_refuses_in_one_line(monkeypatch, tmp_path, capsys):
+    for more, words in (
+        (["--layer", "0"], "--layer and --chip belong together"), (["--chip", "v5e"], "--layer and --chip belong"),
+        (["--chip", "abacus", "--layer", "0"], "no chip abacus; the chips are"), ([], "run.json"),
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["first_step.py", str(tmp_path), *more])
+        assert first_step.main() == 2
+        message = capsys.readouterr().err
+        assert words in message
+        assert message.count("\n") == 1
 
 
 def test_retrieval_of_a_student_beside_its_teacher(monkeypatch, tmp_path, capsys):
