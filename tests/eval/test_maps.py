@@ -35,27 +35,28 @@ def layer(name):
     config = dataclasses.replace(CONFIG, attention=ATTENTION[name], sliding_window=7 if name == "sliding" else None)
     if name == "softmax":
         config = dataclasses.replace(config, rope=RopeConfig(kind="dynamic", factor=2.0, original_max_positions=16))
-    attention = Attention(config, 0, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    graph, params = nnx.split(attention)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    moved = [
-        leaf * (20 if leaf.ndim == 2 else 1) + 0.3 * jax.random.normal(key, leaf.shape, leaf.dtype)
-        for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    return nnx.merge(graph, jax.tree.unflatten(tree, moved))
+    rng = np.random.default_rng(2)
+
+    @jax.jit
+    def made():
+        attention = Attention(config, 0, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        return jax.tree.map(
+            lambda x: x * (20 if x.ndim == 2 else 1) + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), attention
+        )
+
+    return made()
 
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_weights_times_values_are_the_heads(name):
     attention = layer(name)
-    normed = jax.random.normal(jax.random.key(1), (1, TIME, 16))
-    q, k, v = attention.qkv(normed)
+    normed = np.random.default_rng(1).normal(size=(1, TIME, 16)).astype(np.float32)
+    q, k, v = (np.asarray(x) for x in jax.jit(lambda attention: attention.qkv(normed))(attention))
     mixer = attention.mixer
     run = jax.jit(lambda mixer, v: mixer(normed, q, k, v))
     # What memory of its own adds is what comes out of values that are all zero.
-    heads = np.asarray(run(mixer, v) - run(mixer, jnp.zeros_like(v)), np.float64)[0]
-    maps = layer_maps(attention, normed)
+    heads = (np.asarray(run(mixer, v), np.float64) - np.asarray(run(mixer, np.zeros_like(v)), np.float64))[0]
+    maps = layer_maps(attention, jnp.asarray(normed))
     values = np.repeat(np.asarray(v, np.float64)[0], 2, axis=1)
     np.testing.assert_allclose(np.einsum("nij,jnh->inh", maps.total, values), heads, atol=2e-5)
     assert maps.window.min() >= 0

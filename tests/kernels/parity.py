@@ -177,11 +177,11 @@ def _measured(implementation: str, normalize: bool, chunk: int, act: str | None)
 
 
 def _cast(inputs, dtype: str, wide: str):
-    """Heads and maps in one dtype, gates, scales and memory in the accumulators'."""
+    """Heads and maps in one dtype, gates, scales and memory in the accumulators'; in numpy, which compiles nothing."""
     q, k, v, g, c, state, maps = inputs
-    narrow = [jnp.asarray(x, dtype) for x in (q, k, v)]
-    state = LinearState(*(jnp.asarray(x, wide) for x in (state.kv, state.z, state.m)))
-    return (*narrow, jnp.asarray(g, wide), jnp.asarray(c, wide), state, tuple(jnp.asarray(x, dtype) for x in maps))
+    narrow = [x.astype(jnp.dtype(dtype)) for x in (q, k, v)]
+    state = LinearState(*(x.astype(wide) for x in (state.kv, state.z, state.m)))
+    return (*narrow, g.astype(wide), c.astype(wide), state, tuple(x.astype(jnp.dtype(dtype)) for x in maps))
 
 
 def _run(implementation: str, s: Shape, inputs, segment_ids, weights, scale):
@@ -192,7 +192,13 @@ def _run(implementation: str, s: Shape, inputs, segment_ids, weights, scale):
     out = {"y": y, "n": n, "kv": final.kv, "z": final.z, "m": final.m}
     out |= dict(zip(("dq", "dk", "dv", "dg", "dc"), grads, strict=True)) | {"dkv0": dstate.kv, "dz0": dstate.z}
     out |= dict(zip(("dq_map", "dk_map"), dmaps, strict=False))
-    return {name: np.asarray(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x) for name, x in out.items()}
+    return widened(out)
+
+
+def widened(out: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Results in numpy, what is narrower than float32 in float32."""
+    arrays = {name: np.asarray(x) for name, x in out.items()}
+    return {name: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x for name, x in arrays.items()}
 
 
 def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -211,10 +217,10 @@ def errors(implementation: str, s: Shape, values: Draw, dtype: str) -> dict[str,
     inputs, segment_ids = values.inputs(s)
     wide = "float64" if dtype == "float64" else "float32"
     with jax.enable_x64(True):
-        rounded = jax.tree.map(np.asarray, _cast(inputs, dtype, wide))
-        weights = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, dtype), wide), values.weights(s))
-        exact = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), rounded)
-        wide_weights = [jnp.asarray(w, "float64") for w in weights]
+        rounded = _cast(inputs, dtype, wide)
+        weights = tuple(x.astype(jnp.dtype(dtype)).astype(wide) for x in values.weights(s))
+        exact = jax.tree.map(lambda x: jnp.asarray(x.astype(np.float64)), rounded)
+        wide_weights = tuple(jnp.asarray(w.astype(np.float64)) for w in weights)
         nowhere = np.zeros_like(exact[5].m)
         # Twice, for the scalar holds the state at the oracle's own scale.
         scale = _run("reference", s, exact, segment_ids, wide_weights, (nowhere, nowhere))["m"]

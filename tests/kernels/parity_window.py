@@ -112,7 +112,7 @@ def run(implementation: str, s: Shape, arrays, rest, weights) -> dict[str, np.nd
     with parity.scope(implementation):
         (_, out), grads = measured(implementation, s.W)(arrays, rest, weights)
     out = out | {f"d{name}": x for name, x in grads.items()}
-    return {name: np.asarray(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x) for name, x in out.items()}
+    return parity.widened(out)
 
 
 def errors(implementation: str, s: Shape, values: Draw, dtype: str) -> dict[str, float]:
@@ -121,12 +121,12 @@ def errors(implementation: str, s: Shape, values: Draw, dtype: str) -> dict[str,
     arrays, rest, weights = inputs(s, values)
     with jax.enable_x64(True):
         narrow = {x: dtype if x in ("q", "k", "v", "prefix_k", "prefix_v") else wide for x in arrays}
-        rounded = {name: np.asarray(jnp.asarray(x, narrow[name])) for name, x in arrays.items()}
+        rounded = {name: x.astype(jnp.dtype(narrow[name])) for name, x in arrays.items()}
         if s.rope:
             rest["rope_frequencies"] = rest["rope_frequencies"].astype("float32")
-        weights = np.asarray(jnp.asarray(weights[0], dtype), wide), weights[1].astype(wide)
-        exact = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in rounded.items()}
-        expected = run("reference", s, exact, rest, tuple(jnp.asarray(x, "float64") for x in weights))
+        weights = weights[0].astype(jnp.dtype(dtype)).astype(wide), weights[1].astype(wide)
+        exact = {name: jnp.asarray(x.astype(np.float64)) for name, x in rounded.items()}
+        expected = run("reference", s, exact, rest, tuple(jnp.asarray(x.astype(np.float64)) for x in weights))
     with jax.enable_x64(dtype == "float64"):
         actual = run(implementation, s, jax.tree.map(jnp.asarray, rounded), rest, weights)
     return {name: parity.relative_rms(actual[name], value) for name, value in expected.items()}

@@ -46,7 +46,7 @@ SHAPES = [
     Shape(1, 130, 4, 1, 1, 64, 32, act="exp", X=48),
 ]
 # An interpreter takes seconds a case: on a CPU kernels skip the largest shapes, which ``benchmarks.parity`` draws too.
-INTERPRETED = (1, 3, 5, 8, 9, 10) if jax.default_backend() == "cpu" else range(len(SHAPES))
+INTERPRETED = (1, 5, 9, 10) if jax.default_backend() == "cpu" else range(len(SHAPES))
 # What only plain JAX takes: odd widths, gates of one value per feature.
 ODD = [
     Shape(2, 33, 6, 2, 6, 24, 20, chunk=16, normalize=False),
@@ -131,11 +131,10 @@ def test_is_its_definition(implementation, vector, normalize):
                 y[b, i, head] = w @ v[b, seen, head // 2] / (w.sum() if normalize else 1)
                 n[b, i, head] = np.log(w.sum())
     with jax.enable_x64(True):
-        out = log_gate_attention(
-            *(jnp.asarray(x) for x in (q, k, v, g if vector else g[..., 0])), k_log_scale=jnp.asarray(c), chunk=7,
-            segment_ids=jnp.asarray(ids), normalize=normalize, implementation=implementation,
-            return_log_normalizer=True,
-        )  # fmt: skip
+        op = jax.jit(functools.partial(
+            log_gate_attention, chunk=7, normalize=normalize, implementation=implementation, return_log_normalizer=True
+        ))  # fmt: skip
+        out = op(q, k, v, g if vector else g[..., 0], k_log_scale=c, segment_ids=ids)
     close(out, (y, n), 1e-10, 1e-12)
 
 
@@ -144,9 +143,9 @@ def close(actual, expected, rtol: float, atol: float) -> None:
 
 
 def example(s: Shape, dtype="float32", seed: int = 0):
-    """Tame values: ``(q, k, v, g, c)``."""
+    """Tame values in numpy, whose slices need no compiling: ``(q, k, v, g, c)``."""
     draw = Draw(seed, "mixed", "one", "positive", 3.0, 0.2, True)
-    return [jnp.asarray(x, dtype) for x in draw.inputs(s)[0][:5]]
+    return [x.astype(dtype) for x in draw.inputs(s)[0][:5]]
 
 
 everything = functools.partial(log_gate_attention, chunk=8, return_log_normalizer=True, return_final_state=True)
@@ -199,15 +198,14 @@ def test_one_token_at_a_time(implementation):
     """A long call's state is what a single step goes on from, and the other way round."""
     s = Shape(1, 21, 4, 2, 2, 16, 16)
     q, k, v, g, c = example(s)
+    step = jax.jit(log_gate_step)
     with parity.scope(implementation):
-        op = functools.partial(everything, implementation=implementation)
+        op = jax.jit(functools.partial(everything, implementation=implementation))
         y, n, _ = op(q, k, v, g, k_log_scale=c)
         _, _, state = op(*(x[:, :20] for x in (q, k, v, g)), k_log_scale=c[:, :20])
-        last = log_gate_step(*(x[:, 20] for x in (q, k, v, g)), k_log_scale=c[:, 20], state=state)
+        last = step(*(x[:, 20] for x in (q, k, v, g)), k_log_scale=c[:, 20], state=state)
         close(last[:2], (y[:, 20], n[:, 20]), 1e-5, 1e-5)
-        _, _, state = log_gate_step(
-            *(x[:, 0] for x in (q, k, v, g)), k_log_scale=c[:, 0], state=empty_state(1, 2, 16, 16)
-        )
+        _, _, state = step(*(x[:, 0] for x in (q, k, v, g)), k_log_scale=c[:, 0], state=empty_state(1, 2, 16, 16))
         rest = op(*(x[:, 1:] for x in (q, k, v, g)), k_log_scale=c[:, 1:], initial_state=state)
         close(rest[:2], (y[:, 1:], n[:, 1:]), 1e-5, 1e-5)
 
@@ -229,16 +227,17 @@ def test_empty_memory(implementation, vector):
         return jnp.sum(y) + jnp.sum(n), (y, n)
 
     with parity.scope(implementation):
-        for arguments in ((q, k, v, g, jnp.full_like(c, -1e30)), (q * 0, k, v, g, c)):
+        for arguments in ((q, k, v, g, np.full_like(c, -1e30)), (q * 0, k, v, g, c)):
             (_, (y, n)), grads = scalar(*arguments)
             np.testing.assert_array_equal(y, 0)
             np.testing.assert_array_equal(n, jnp.float32(-1e30))
             close(grads, jax.tree.map(jnp.zeros_like, grads), 0, 0)
 
         # A key that is absent takes no part and no gradient, whatever it holds.
-        c = c.at[:, 3].set(-2e29)
+        c[:, 3] = -2e29
         (_, out), grads = scalar(q, k, v, g, c)
-        (_, same), _ = scalar(q, k.at[:, 3].set(1e3), v.at[:, 3].set(-1e3), g, c)
+        k[:, 3], v[:, 3] = 1e3, -1e3
+        (_, same), _ = scalar(q, k, v, g, c)
     close(out, same, 0, 0)
     for grad in (grads[1], grads[2], grads[4]):
         np.testing.assert_array_equal(grad[:, 3], 0)
@@ -249,7 +248,7 @@ def test_empty_memory(implementation, vector):
 def test_padding_leaves_no_trace(implementation):
     s = Shape(1, 30, 4, 2, 2, 16, 16, act="exp", X=16)
     (q, k, v, g, c, _, maps), _ = jax.tree.map(
-        lambda x: jnp.asarray(x, "float32"), Draw(0, "mixed", "one", "positive", 3.0, 0.2, True).inputs(s)
+        lambda x: x.astype("float32"), Draw(0, "mixed", "one", "positive", 3.0, 0.2, True).inputs(s)
     )
     held = np.ones(s.T, bool)
     held[[0, 1, 7, 15, 16, 17, 29]] = False
@@ -258,19 +257,19 @@ def test_padding_leaves_no_trace(implementation):
         mapped_log_gate_attention, q_map=maps[0], k_map=maps[1], act="exp", implementation=implementation,
         return_log_normalizer=True, return_final_state=True,
     )  # fmt: skip
+    mapped = jax.jit(functools.partial(feature_map, act="exp"))
     with parity.scope(implementation):
-        for op, (a, b) in (
-            (features, (feature_map(q, maps[0], "exp")[0], feature_map(k, maps[1], "exp")[0])),
-            (raw, (q, k)),
-        ):
+        for op, (a, b) in ((features, (mapped(q, maps[0])[0], mapped(k, maps[1])[0])), (raw, (q, k))):
+            op, a, b = jax.jit(op), np.asarray(a), np.asarray(b)
             state = op(a, b, v, g)[-1]
-            ids = jnp.asarray(held[None], jnp.int32)
+            ids = held[None].astype(np.int32)
             y, n, final = op(a, b, v, g, k_log_scale=c, initial_state=state, segment_ids=ids)
             kept = [x[:, held] for x in (a, b, v, g, c)]
             expected = op(*kept[:4], k_log_scale=kept[4], initial_state=state)
+            y, n = np.asarray(y), np.asarray(n)
             close((y[:, held], n[:, held], final), expected, 1e-5, 1e-5)
             np.testing.assert_array_equal(y[:, ~held], 0)
-            np.testing.assert_array_equal(n[:, ~held], jnp.float32(-1e30))
+            np.testing.assert_array_equal(n[:, ~held], np.float32(-1e30))
 
 
 @pytest.mark.parametrize("implementation", long)
@@ -278,13 +277,13 @@ def test_padding_leaves_no_trace(implementation):
 def test_thousands_of_steps_stay_finite(implementation, gate):
     s = Shape(1, 3000, 2, 1, 1, 16, 16)
     q, k, v, g, _ = example(s)
-    c = jnp.asarray(np.random.default_rng(1).uniform(-80, 80, (s.B, s.T, s.S)), jnp.float32)
-    g = g if gate is None else jnp.full_like(g, gate)
+    c = np.random.default_rng(1).uniform(-80, 80, (s.B, s.T, s.S)).astype(np.float32)
+    g = g if gate is None else np.full_like(g, gate)
     with parity.scope(implementation):
         values, grads = long_run(implementation)(q, k, v, g, c)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((values, grads)))
     if gate == -1e30:
-        close(values[1][0], v[:, :, jnp.zeros(2, int)], 1e-5, 1e-5)
+        close(values[1][0], v[:, :, np.zeros(2, int)], 1e-5, 1e-5)
 
 
 @functools.cache
@@ -352,7 +351,7 @@ def test_a_fitting_implementation_is_picked():
 
 
 def test_bad_input_is_told_in_one_line():
-    q, k, v, g, _ = example(Shape(1, 4, 4, 2, 2, 8, 8))
+    q, k, v, g, _ = map(jnp.asarray, example(Shape(1, 4, 4, 2, 2, 8, 8)))
     with pytest.raises(
         ValueError,
         match=f"unknown implementation 'fast' of log_gate_attention; choose from {', '.join(IMPLEMENTATIONS)}",

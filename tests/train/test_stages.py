@@ -42,8 +42,8 @@ def model():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"chunk": 4, "kept": 3}, {"softmax_heads": ("0.1",)}, {"chunk": 4, "budgets": ("0.1=6+3", "2.0=4+2")}],
-    ids=["", "kept", "heads", "budgets"],
+    [{}, {"chunk": 4, "kept": 3, "softmax_heads": ("0.1",), "budgets": ("2.0=6+2",)}],
+    ids=["", "kept pairs, exact heads and budgets"],
 )
 def test_stage1_gradients_are_those_of_each_layer_on_the_teachers_path(changes):
     """Against autodiff of all layers' errors at once, with the teacher's path held constant.
@@ -100,7 +100,7 @@ def test_the_teacher_inside_is_the_softmax_decoder(model):
 
 def test_cross_entropy_in_slices_is_the_whole(model, monkeypatch):
     batch = make_batch()
-    hidden = model.hidden(jnp.asarray(batch.inputs))
+    hidden = jax.jit(lambda m, ids: m.hidden(ids))(model, batch.inputs)
 
     def total(hidden):
         return losses.cross_entropy(model, hidden, jnp.asarray(batch.targets), jnp.asarray(batch.loss_mask))
@@ -118,7 +118,7 @@ def test_cross_entropy_in_slices_is_the_whole(model, monkeypatch):
 def test_kl_is_that_of_the_whole_vocabulary_in_slices_too(model, monkeypatch):
     batch = make_batch()
     inputs, mask = jnp.asarray(batch.inputs), jnp.asarray(batch.loss_mask)
-    student, teacher = model.hidden(inputs), stages.teacher_of(model).hidden(inputs)
+    student, teacher = jax.jit(lambda m, ids: (m.hidden(ids), stages.teacher_of(m).hidden(ids)))(model, inputs)
 
     def total(hidden, taught):
         return losses.prediction_losses(model, hidden, jnp.asarray(batch.targets), mask, taught)
@@ -139,7 +139,7 @@ def test_kl_is_that_of_the_whole_vocabulary_in_slices_too(model, monkeypatch):
     chex.assert_trees_all_close(sliced, (kl, ours), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kl", "full"), [(0.0, False), (0.25, False), (1.0, False), (0.25, True)])
+@pytest.mark.parametrize(("kl", "full"), [(0.0, False), (0.25, False), (0.25, True)])
 def test_stage2_mixes_its_losses_as_asked(model, kl, full):
     config = RunConfig(stage=2, kl=kl, full=full)
     subject = nnx.clone(model)
