@@ -10,22 +10,24 @@ import lizard_jax
 from lizard_jax import sharding
 from lizard_jax.config import DataConfig, LizardConfig, MeshConfig
 from lizard_jax.convert.save import save_hf
+from lizard_jax.embedded import teacher_path
 from lizard_jax.eval.__main__ import main as measure
 from lizard_jax.generate.__main__ import main as write
 from lizard_jax.train.linearize import linearize
 from pallas_kernels import partition
-from tests.generate.test_command import TEACHER
+from tests.shallow import shallow
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    """The embedded teacher with a window, kept pairs, a memory and one exact head."""
-    out = tmp_path_factory.mktemp("student") / "student"
+    """Two layers of the embedded teacher with a window, kept pairs, a memory and one exact head."""
+    place = tmp_path_factory.mktemp("student")
+    teacher, out = shallow(place / "teacher"), place / "student"
     attention = LizardConfig(window=16, kept=4, softmax_heads=("1.0",))
-    model, _ = linearize(TEACHER, attention, DataConfig(sequence_length=128), dtype="float32")
-    save_hf(model, out, source=TEACHER)
+    model, _ = linearize(teacher, attention, DataConfig(sequence_length=128), dtype="float32")
+    save_hf(model, out, source=teacher)
     return out
 
 
@@ -77,7 +79,7 @@ def test_a_measurement_is_that_of_one_device(student, tmp_path, capsys):
     ],
 )
 def test_a_mesh_that_cannot_be_is_one_line(capsys, mesh, words):
-    assert write([TEACHER, "--prompt", "x", *mesh]) == 2
+    assert write([str(teacher_path()), "--prompt", "x", *mesh]) == 2
     err = capsys.readouterr().err
     assert words in err
     assert err.count("\n") == 1

@@ -22,6 +22,7 @@ from lizard_jax.generate.sampling import Sampling
 from lizard_jax.nn.params import BaseParam
 from lizard_jax.select import choice
 from tests.jitted import logits
+from tests.shallow import shallow
 
 
 def test_linearize_writes_a_student_that_was_not_trained(tmp_path):
@@ -103,29 +104,29 @@ def test_a_window_alone_is_written_and_read_without_new_modules(tmp_path):
 @pytest.mark.parametrize(("reach", "kept"), [(0, 0), (64, 20)], ids=["keeps all", "long window and pairs"])
 def test_a_student_with_exact_heads_is_written_read_and_goes_on(tmp_path, reach, kept):
     """By a ranking's file: through a directory, a text beyond its first cache, and a conversation's file."""
-    ranking = choice.ranking("retrieval", np.asarray([[0.1, 0.2]] * 5 + [[0.0, 0.3]]))
+    ranking, teacher = choice.ranking("retrieval", np.asarray([[0.1, 0.2], [0.0, 0.3]])), shallow(tmp_path / "teacher")
     (tmp_path / "heads.json").write_text(choice.text(ranking))
     summary = convert.linearize(
-        str(teacher_path()), str(tmp_path / "split"), preset="lizard", window=16, data="embedded", length=256,
+        str(teacher), str(tmp_path / "split"), preset="lizard", window=16, data="embedded", length=256,
         memory="none", heads=f"{tmp_path / 'heads.json'}:2", retrieval_window=reach, kept=kept,
     )  # fmt: skip
-    # Bytes of the fp32 state, by hand: rings and first tokens of 12 key heads, two of them exact, and pairs.
+    # Bytes of the fp32 state, by hand: rings and first tokens of 4 key heads, two of them exact, and pairs.
     assert ("at any length" in summary) == bool(reach)
     student = lizard_jax.load(tmp_path / "split")
-    token, short, layers = 2 * 32 * 4, 10, 6
+    token, short, layers = 2 * 32 * 4, 2, 2
     rings = short * (16 + 4) * token + (2 * (reach + 4) * token if reach else 2 * 8192 * token)
     pairs = short * (kept * (token + 8) + (16 * 4 if kept else 0))
     positions = 4 * (layers + 2)
     assert student.state_bytes(8192) == rings + pairs + positions
     assert student.config.attention is not None
-    assert student.config.attention.softmax_heads == ("0.1", "5.1")
+    assert student.config.attention.softmax_heads == ("0.1", "1.1")
     assert student.config.attention.kept == kept
     save_flax(student, tmp_path / "flax", source=tmp_path / "split")
     again = lizard_jax.load(tmp_path / "flax")
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 1000, (1, 200)), jnp.int32)
     chex.assert_trees_all_equal(logits(again, ids), logits(student, ids))
 
-    tokenizer = load_tokenizer(teacher_path())
+    tokenizer = load_tokenizer(teacher)
     prompt = [int(token) for token in ids[0, :70]]
     whole = Generation(student, tokenizer, [prompt], max_new_tokens=40, sampling=Sampling())
     list(whole.pieces())
