@@ -1,13 +1,13 @@
 """What a token costs after a long context: the linearized model beside its teacher with a key/value cache.
 
-    uv run benchmarks/generation.py --teacher DIR --student DIR
+    uv run benchmarks/generation.py --teacher DIR --student DIR --other DIR
     uv run benchmarks/generation.py --student DIR --long 200000
 
 First form: contexts of 1k and up, for 1 and for 16 rows. A context of random tokens is read in chunks, once, by what
 was compiled before; then its state stands for every row, and tokens are drawn in blocks of 32 from all contexts in
 turn, so that the machine's moods fall on all alike; medians. The teacher's cache holds the context and what is written,
 up to the next 512, and the teacher stops at ``--teacher-limit``. Memory is that of the state: the student's is fixed, a
-cache holds every token.
+cache holds every token. ``--other`` is one more student, of other settings.
 
 Second form: that many tokens in one go, from a prompt of one token. Times by position, and the bytes of all arrays that
 live on the device, which must not change.
@@ -150,25 +150,24 @@ def kib(number: int) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Tokens a second of all rows together, those of reading the context (one row), and memory, by context; the
-    student's speed over its teacher's."""
+    """By batch and context: tokens a second that all rows write together and that one row reads of its context, each
+    with the student's speed over this one's, and memory."""
     lines = []
-    found = {(row["model"], row["batch"], row["context"]): row for row in rows}
     for batch in sorted({row["batch"] for row in rows}):
         lines += [
-            f"| batch {batch}, context | teacher, tokens/s | student, tokens/s | ratio | teacher reads | student reads "
-            "| ratio | teacher's cache | student's state |",
-            "|---:" * 9 + "|",
+            f"| batch {batch}, context | | writes, tokens/s | student's over it | reads, tokens/s | student's over it "
+            "| cache or state |",
+            "|---:|---|---:|---:|---:|---:|---:|",
         ]
         for context in sorted({row["context"] for row in rows if row["batch"] == batch}):
-            pair = [found.get((name, batch, context)) for name in ("teacher", "student")]
-            speed = [f"{batch / row['step_seconds']:,.0f}" if row else "-" for row in pair]
-            theirs, ours = pair
-            ratio = f"{theirs['step_seconds'] / ours['step_seconds']:.2f}" if theirs and ours else "-"
-            reads = [f"{context / row['prefill_seconds']:,.0f}" if row else "-" for row in pair]
-            reads.append(f"{theirs['prefill_seconds'] / ours['prefill_seconds']:.2f}" if theirs and ours else "-")
-            memory = [kib(row["state_bytes"]) if row else "-" for row in pair]
-            lines.append("| " + " | ".join([f"{context:,}", *speed, ratio, *reads, *memory]) + " |")
+            here = [row for row in rows if (row["batch"], row["context"]) == (batch, context)]
+            ours = next(row for row in here if row["model"] == "student")
+            lines += [
+                f"| {context:,} | {row['model']} | {batch / row['step_seconds']:,.0f} "
+                f"| {row['step_seconds'] / ours['step_seconds']:.2f} | {context / row['prefill_seconds']:,.0f} "
+                f"| {row['prefill_seconds'] / ours['prefill_seconds']:.2f} | {kib(row['state_bytes'])} |"
+                for row in here
+            ]
         lines.append("")
     return "\n".join(lines)
 
@@ -196,7 +195,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     speed, memory = figure.subplots(1, 2)
-    for name, colour in (("teacher", "tab:gray"), ("student", "tab:green")):
+    for name, colour in (("teacher", "tab:gray"), ("student", "tab:green"), ("other", "tab:blue")):
         for batch, style in zip(sorted({row["batch"] for row in rows}), ("-", "--", ":", "-."), strict=False):
             own = [row for row in rows if row["model"] == name and row["batch"] == batch]
             if not own:
@@ -230,6 +229,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", required=True, metavar="DIR", help="linearized checkpoint")
     parser.add_argument("--teacher", metavar="DIR", help="what it came from; left out, the student is measured alone")
+    parser.add_argument("--other", metavar="DIR", help="one more student beside it")
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS), help="tokens (default %(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="rows (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each case (default %(default)s)")
@@ -253,7 +253,7 @@ def main() -> int:
         for name, value in numbers.items():
             if value < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {value}, must be at least 1")
-        paths = {"teacher": args.teacher, "student": args.student}
+        paths = {"teacher": args.teacher, "student": args.student, "other": args.other}
         models = {name: lizard_jax.load(path) for name, path in paths.items() if path is not None}
         args.out.mkdir(parents=True, exist_ok=True)
     except UserError as error:

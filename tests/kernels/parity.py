@@ -177,7 +177,7 @@ def _measured(implementation: str, normalize: bool, chunk: int, act: str | None)
 
 
 def _cast(inputs, dtype: str, wide: str):
-    """Heads and maps in one dtype, gates, scales and memory in the accumulators'; in numpy, which compiles nothing."""
+    """Heads and maps in one dtype, gates, scales and memory in the accumulators'; numpy, which compiles nothing."""
     q, k, v, g, c, state, maps = inputs
     narrow = [x.astype(jnp.dtype(dtype)) for x in (q, k, v)]
     state = LinearState(*(x.astype(wide) for x in (state.kv, state.z, state.m)))
@@ -187,7 +187,7 @@ def _cast(inputs, dtype: str, wide: str):
 def _run(implementation: str, s: Shape, inputs, segment_ids, weights, scale):
     measured = _measured(implementation, s.normalize, s.chunk, s.act)
     with scope(implementation):
-        (_, (y, n, final)), grads = measured(inputs, jnp.asarray(segment_ids), weights, scale)
+        (_, (y, n, final)), grads = measured(inputs, segment_ids, weights, scale)
     *grads, dstate, dmaps = grads
     out = {"y": y, "n": n, "kv": final.kv, "z": final.z, "m": final.m}
     out |= dict(zip(("dq", "dk", "dv", "dg", "dc"), grads, strict=True)) | {"dkv0": dstate.kv, "dz0": dstate.z}
@@ -219,15 +219,15 @@ def errors(implementation: str, s: Shape, values: Draw, dtype: str) -> dict[str,
     with jax.enable_x64(True):
         rounded = _cast(inputs, dtype, wide)
         weights = tuple(x.astype(jnp.dtype(dtype)).astype(wide) for x in values.weights(s))
-        exact = jax.tree.map(lambda x: jnp.asarray(x.astype(np.float64)), rounded)
-        wide_weights = tuple(jnp.asarray(w.astype(np.float64)) for w in weights)
+        exact = jax.tree.map(lambda x: x.astype(np.float64), rounded)
+        wide_weights = tuple(w.astype(np.float64) for w in weights)
         nowhere = np.zeros_like(exact[5].m)
         # Twice, for the scalar holds the state at the oracle's own scale.
         scale = _run("reference", s, exact, segment_ids, wide_weights, (nowhere, nowhere))["m"]
         expected = _run("reference", s, exact, segment_ids, wide_weights, (scale, nowhere))
     with jax.enable_x64(dtype == "float64"):
         parts = scale.astype(wide), (scale - scale.astype(wide)).astype(wide)
-        actual = _run(implementation, s, jax.tree.map(jnp.asarray, rounded), segment_ids, weights, parts)
+        actual = _run(implementation, s, rounded, segment_ids, weights, parts)
     with np.errstate(over="ignore"):
         factor = np.where(scale > -1e29, np.exp(actual.pop("m").astype(np.float64) - scale), 0.0)
     factor = factor.reshape(*scale.shape[:2], -1)

@@ -125,8 +125,8 @@ def errors(implementation: str, s: Shape, values: Draw, dtype: str) -> dict[str,
         if s.rope:
             rest["rope_frequencies"] = rest["rope_frequencies"].astype("float32")
         weights = weights[0].astype(jnp.dtype(dtype)).astype(wide), weights[1].astype(wide)
-        exact = {name: jnp.asarray(x.astype(np.float64)) for name, x in rounded.items()}
-        expected = run("reference", s, exact, rest, tuple(jnp.asarray(x.astype(np.float64)) for x in weights))
+        exact = {name: x.astype(np.float64) for name, x in rounded.items()}
+        expected = run("reference", s, exact, rest, tuple(x.astype(np.float64) for x in weights))
     with jax.enable_x64(dtype == "float64"):
-        actual = run(implementation, s, jax.tree.map(jnp.asarray, rounded), rest, weights)
+        actual = run(implementation, s, rounded, rest, weights)
     return {name: parity.relative_rms(actual[name], value) for name, value in expected.items()}
