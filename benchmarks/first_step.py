@@ -92,7 +92,7 @@ def layer(shape: ModelConfig, number: int, length: int, name: str) -> dict[str, 
         jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), state), array((1, length, shape.hidden_size)),
         array((1, length, shape.num_heads, shape.head_dim)), array(kv), array(kv),
     )  # fmt: skip
-    with absent.tracing_for(chip.platform, chip.target, device) as platforms:
+    with absent.compiling_for(chip.platform, chip.target, device) as platforms:
         lowered, before = seconds(lambda: jax.jit(jax.grad(loss)).trace(*given).lower(lowering_platforms=platforms))
         program, compiling = seconds(lowered.compile)
     return {"trace and lower": before, "compile": compiling, "launches": launches(program.as_text() or "")}

@@ -19,11 +19,10 @@ from lizard_jax.generate import decode
 from lizard_jax.generate.sampling import Sampling
 from lizard_jax.lora import add_lora
 from lizard_jax.models import build
+from lizard_jax.plan import absent
 from lizard_jax.train import stages
 from lizard_jax.train.optim import Optimizer
 from lizard_jax.train.step import TrainState, train_step
-from pallas_kernels import target
-from pallas_kernels.target import Target
 
 TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 GPU = pytest.mark.skipif(
@@ -68,9 +67,10 @@ def step_and_arguments(stage: int, devices: np.ndarray):
 @pytest.mark.parametrize(("stage", "shape"), [(1, (1, 4, 1)), (2, (1, 2, 2))])
 def test_a_training_step_on_four_tpus_has_the_kernels_in_it(stage, shape):
     """Under ``shard_map``: a kernel that XLA had to split would not compile."""
-    step, arguments = step_and_arguments(stage, np.array(tpu_slice("v5e")).reshape(shape))
-    with target.override(Target("tpu", "v5e")):
-        compiled = step.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    devices = tpu_slice("v5e")
+    step, arguments = step_and_arguments(stage, np.array(devices).reshape(shape))
+    with absent.compiling_for("tpu", "v5e", devices[0]) as platforms:
+        compiled = step.trace(*arguments).lower(lowering_platforms=platforms).compile()
     calls = re.findall(r"%(\w+?)(?:\.\d+)* = [^\n]*custom_call_target=\"tpu_custom_call\"", compiled.as_text())
     for kernel in ("log_gate_forward", "log_gate_states", "log_gate_backward", "window_forward"):
         assert any(kernel in call for call in calls), calls

@@ -107,19 +107,20 @@ def compile_for(chip: str, function: Callable, *arguments: PyTree[jax.ShapeDtype
     device = tpu_slice(chip)[0] if platform == "tpu" else absent.gpus(_GPUS[chip], 1)[0]
     sharding = SingleDeviceSharding(device)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
-    with absent.tracing_for(platform, chip, device) as platforms, _chosen_knowingly():
-        # A new function each time: jit would hand back what it traced for another target.
-        traced = jax.jit(lambda *args: function(*args)).trace(*arguments)
-        lowered = traced.lower(lowering_platforms=platforms)
-    if platform == "tpu":
-        for note in (notes := _tpu_notes()).iterdir():
-            note.unlink()
-        executable = lowered.compile()
-        kernels = _mosaic_kernels(executable.as_text() or "", notes, dict(_grids(traced.jaxpr.jaxpr)))
-        return Compiled(chip, tuple(kernels), executable)
-    with tempfile.TemporaryDirectory() as dump:
-        executable = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_emitter_re": "^ptx$"})
-        kernels = (*_jax_triton_kernels(chip, lowered), *_pallas_triton_kernels(lowered, Path(dump)))
+    with absent.compiling_for(platform, chip, device) as platforms:
+        with _chosen_knowingly():
+            # A new function each time: jit would hand back what it traced for another target.
+            traced = jax.jit(lambda *args: function(*args)).trace(*arguments)
+            lowered = traced.lower(lowering_platforms=platforms)
+        if platform == "tpu":
+            for note in (notes := _tpu_notes()).iterdir():
+                note.unlink()
+            executable = lowered.compile()
+            kernels = _mosaic_kernels(executable.as_text() or "", notes, dict(_grids(traced.jaxpr.jaxpr)))
+            return Compiled(chip, tuple(kernels), executable)
+        with tempfile.TemporaryDirectory() as dump:
+            executable = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_emitter_re": "^ptx$"})
+            kernels = (*_jax_triton_kernels(chip, lowered), *_pallas_triton_kernels(lowered, Path(dump)))
     return Compiled(chip, tuple(dict.fromkeys(kernels)), executable)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import target
@@ -117,9 +118,9 @@ def gpus(chip: Chip, count: int) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def tracing_for(platform: str, chip: str, device: Any) -> Iterator[tuple[str]]:
-    """Inside, what is traced and lowered is for a device that is not here; gives what to lower with, as JAX's
-    ``lowering_platforms``.
+def compiling_for(platform: str, chip: str, device: Any) -> Iterator[tuple[str]]:
+    """Inside, what is traced, lowered and compiled is for a device that is not here; gives what to lower with, as JAX's
+    ``lowering_platforms``. JAX's cache of compiled programs is left alone: without the device none can be read back.
 
     Args:
         platform, chip: as a ``Target`` has them.
@@ -127,5 +128,17 @@ def tracing_for(platform: str, chip: str, device: Any) -> Iterator[tuple[str]]:
     """
     cores = getattr(device, "num_cores" if platform == "tpu" else "core_count", None)
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, cores, platform))
-    with target.override(target.Target(platform, chip)), jax.sharding.use_abstract_mesh(mesh):
+    with target.override(target.Target(platform, chip)), jax.sharding.use_abstract_mesh(mesh), _nothing_kept():
         yield ("tpu" if platform == "tpu" else "cuda",)
+
+
+@contextlib.contextmanager
+def _nothing_kept() -> Iterator[None]:
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # else JAX goes by what it found when it compiled for the first time
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        reset_cache()

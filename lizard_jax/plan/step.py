@@ -109,7 +109,7 @@ def compiled(config: RunConfig, shape: ModelConfig, chip: Chip, mesh: Mesh) -> S
     """The step of a run, compiled for a mesh of a chip's devices."""
     optimizer, state = Optimizer(config.optim, 10), state_of(config, shape)
     device = mesh.devices.flat[0]
-    with absent.tracing_for(chip.platform, chip.target, device) as platforms, _quiet():
+    with absent.compiling_for(chip.platform, chip.target, device) as platforms, _quiet():
         step: Any = train_step(config, optimizer, state, mesh)
         traced = step.trace(state.trainable, state.optimizer, state.frozen, batch_of(config))
         program = traced.lower(lowering_platforms=platforms).compile()

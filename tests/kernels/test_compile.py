@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.experimental.pallas import triton
 
 from benchmarks.chips import compilers
@@ -118,6 +119,26 @@ def test_a_function_is_traced_for_its_chip_in_a_process_that_stays_as_it_was(mon
     assert seen == [Target("tpu", "v5e"), Target("tpu", "v6e"), Target("tpu", "v5e")]
     assert (dict(os.environ), jax.devices()) == (before, devices)
     assert target.current().chip != "v5e"
+
+
+@needs("tpu")
+def test_what_is_compiled_for_an_absent_chip_is_not_kept(tmp_path):
+    """JAX could not read it back, and would warn of it at the next try; what is for a device that is here it keeps."""
+    changed = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in changed}
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    try:
+        for name, value in changed.items():
+            jax.config.update(name, value)
+        for _ in range(2):
+            compile_for("v5e", lambda x: x * 3, x)
+        assert not list(tmp_path.iterdir())
+        jax.jit(lambda x: x * 3).lower(x).compile()
+        assert list(tmp_path.iterdir())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        reset_cache()
 
 
 @needs("gpu")

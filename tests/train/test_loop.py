@@ -64,14 +64,6 @@ def _same_run(directory, undisturbed):
     assert lines[0] == lines[1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compiles(tmp_path_factory):
-    """In this process the same step is compiled again and again; keep what XLA made."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     directory = tmp_path_factory.mktemp("undisturbed")
