@@ -7,7 +7,8 @@ Every student has the recipe's window, a quarter of the features and exact pairs
 bytes of a plain window of 258 tokens; one thing is other than in the recipe. Each is scored before training and after
 stage 1, and the recipe itself also after stage 2, with the KL's share as it is and others. Budget, data order and
 learning rates are the same for all. Loss is by position, as in ``recovery.py``, whose stages, scores and texts these
-are; beside it the loss that training's own validation found, on text of the kind that was trained on.
+are; beside it what training's own validation found at the end, on text of the kind that was trained on: the loss, and
+the KL of the predictions to the teacher's.
 
 What lies under ``--out`` is not made again. Writes ``benchmarks/changes.json`` and ``.md`` after every row.
 """
@@ -56,9 +57,11 @@ sys.exit(command.main())
 """Stage 1 with the mean squared error of every layer as it is, which no flag of train.py asks for."""
 
 
-def held_out(where: Path) -> float:
-    """The held-out loss of the weights that a stage hands on, by its own validation."""
-    return json.loads((where / "result.json").read_text())["after"]["loss"]
+def held_out(where: Path) -> dict[str, float]:
+    """A stage's last validation: ``loss``, and ``kl``, how far the predictions are from the teacher's."""
+    lines = map(json.loads, (where / "metrics.jsonl").read_text().splitlines())
+    last = [line["validation"] for line in lines if "validation" in line][-1]
+    return {name: last[name] for name in ("loss", "kl")}
 
 
 def write(args: argparse.Namespace, settings: dict[str, Any], rows: dict[str, Any]) -> None:
@@ -66,11 +69,12 @@ def write(args: argparse.Namespace, settings: dict[str, Any], rows: dict[str, An
     write_atomic(args.table.with_suffix(".json"), json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     extent = str(args.extents[0])
     names = [f"{a}–{b - 1}" for a, b in recovery.buckets(int(extent))]
-    lines = [f"| | MiB of state | {' | '.join(names)} | held-out |", "|---|---:|" + "---:|" * (len(names) + 1)]
+    heads = ["MiB of state", *names, "held-out loss", "its KL"]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for name, row in rows.items():
         cells = [f"{loss:.3f}" for loss in row["scores"][extent]["losses"]]
         cells[-1] += f" ± {row['scores'][extent]['error']:.3f}" if name != "teacher" else ""
-        cells.append(f"{row['held_out']:.3f}" if "held_out" in row else "")
+        cells += [f"{row['held_out'][one]:.3f}" if "held_out" in row else "" for one in ("loss", "kl")]
         lines.append(f"| {name} | {row['bytes'][extent] / 2**20:.2f} | " + " | ".join(cells) + " |")
     write_atomic(args.table.with_suffix(".md"), "\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)

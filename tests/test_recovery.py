@@ -1,5 +1,6 @@
 """``benchmarks/recovery.py`` on the embedded teacher: what it compares, what it keeps, what it refuses."""
 
+import argparse
 import dataclasses
 import json
 import shutil
@@ -147,6 +148,20 @@ def test_the_plain_error_is_the_mean_square(monkeypatch):
     batch, model = test_stages.make_batch(), build(test_stages.CONFIG, rngs=nnx.Rngs(3))
     _, metrics = jax.jit(lambda m, b: stages.loss_and_grads(RunConfig(stage=1), m, b))(model, batch)
     np.testing.assert_allclose(metrics["loss"], metrics["layer_mse"].sum() / 2, rtol=1e-5)  # one of three is softmax
+
+
+def test_a_change_is_told_with_its_last_validation(tmp_path, capsys):
+    lines = [{"step": 0, "validation": {"loss": 3.0, "kl": 0.5}}, {"step": 1, "loss": 2.5},
+             {"step": 2, "validation": {"loss": 2.0, "kl": 0.25}}]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = {"bytes": {"256": 2**20}, "scores": {"256": {"losses": [3.0, 2.5], "error": 0.125}}}
+    rows = {"teacher": row, "one": row | {"held_out": changes.held_out(tmp_path)}}
+    changes.write(argparse.Namespace(table=tmp_path / "table", extents=[256]), {"texts": 2}, rows)
+    head, _, teacher, one = (tmp_path / "table.md").read_text().splitlines()
+    assert head.endswith("| 128–255 | held-out loss | its KL |")
+    assert teacher == "| teacher | 1.00 | 3.000 | 2.500 |  |  |"
+    assert one == "| one | 1.00 | 3.000 | 2.500 ± 0.125 | 2.000 | 0.250 |"
+    assert json.loads((tmp_path / "table.json").read_text()) == {"settings": {"texts": 2}, "rows": rows}
 
 
 def test_changes_refuse_what_is_not_there(monkeypatch, tmp_path, capsys):
