@@ -6,9 +6,9 @@
 Every student has the recipe's window, a quarter of the features and exact pairs as many as each key head needs, in the
 bytes of a plain window of 258 tokens; one thing is other than in the recipe. Each is scored before training and after
 stage 1, and the recipe itself also after stage 2, with the KL's share as it is and others. Budget, data order and
-learning rates are the same for all. Loss is by position, as in ``recovery.py``, whose stages, scores and texts these
-are; beside it what training's own validation found at the end, on text of the kind that was trained on: the loss, and
-the KL of the predictions to the teacher's.
+learning rates are the same for all, and the weights are those of the last step. Loss is by position, as in
+``recovery.py``, whose stages, scores and texts these are; beside it what training's own validation found at the end, on
+text of the kind that was trained on: the loss, and the KL of the predictions to the teacher's.
 
 What lies under ``--out`` is not made again. Writes ``benchmarks/changes.json`` and ``.md`` after every row.
 """
@@ -33,6 +33,7 @@ from lizard_jax.convert.load import load_hf
 from lizard_jax.data.text import load_tokenizer
 from lizard_jax.errors import UserError
 from lizard_jax.program import ended
+from lizard_jax.train.run import load_run
 
 BASE = "lizard, pairs by head"
 """The recipe's row in ``recovery.py``."""
@@ -101,11 +102,14 @@ def run(args: argparse.Namespace) -> int:
     rows["teacher"] = {"bytes": recovery.sizes(args, None), "scores": recovery.summary(teacher, teacher)}
 
     def add(name: str, attention: LizardConfig, when: str, where: Path) -> None:
-        ready: Callable[[], Any] = once(lambda: recovery.student(args, attention, when, where, text))
+        untrained, stage = when == recovery.WHENS[0], where / when.replace(" ", "")
+        ready: Callable[[], Any] = once(
+            lambda: recovery.student(args, attention, when, where, text) if untrained else load_run(stage, "latest")[0]
+        )
         scores = recovery.scored(args, ready, where / "scores" / when.replace(" ", "_"))
         rows[name] = {"bytes": recovery.sizes(args, attention), "scores": recovery.summary(scores, teacher)}
-        if when != recovery.WHENS[0]:
-            rows[name]["held_out"] = held_out(where / when.replace(" ", ""))
+        if not untrained:
+            rows[name]["held_out"] = held_out(stage)
         write(args, settings, rows)
 
     for name in args.rows or CHANGES:
