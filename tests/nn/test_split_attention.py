@@ -88,7 +88,7 @@ def test_heads_with_budgets_of_their_own_are_mixers_of_their_own(more):
     ids=["and exact", "of the query heads"],
 )
 def test_classes_in_one_call_are_the_same_function(more, monkeypatch):
-    """Values of packed documents in float64, and once gradients too; what keeps nothing stands alone."""
+    """Values and gradients, of packed documents, in float64; what keeps nothing stands alone."""
     pairs = () if more["softmax_heads"] else ("0.1=8+0",)
     mixer = make(dataclasses.replace(ATTENTION, chunk=8, kept=3, budgets=("0.2=8+5", *pairs), **more))
     state = jax.tree.map(lambda leaf: leaf.astype("float64"), nnx.state(mixer))
@@ -102,8 +102,7 @@ def test_classes_in_one_call_are_the_same_function(more, monkeypatch):
         return (heads * weights).sum(), heads
 
     def run():
-        own = jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True) if pairs else lambda *x: (loss(*x), ())
-        return jax.jit(own)(state, *given)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))(state, *given)
 
     (_, by_class), grads = run()
     calls = []

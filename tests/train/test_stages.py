@@ -139,7 +139,7 @@ def test_kl_is_that_of_the_whole_vocabulary_in_slices_too(model, monkeypatch):
     chex.assert_trees_all_close(sliced, (kl, ours), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kl", "full"), [(0.0, False), (0.25, False), (0.25, True)])
+@pytest.mark.parametrize(("kl", "full"), [(0.0, False), (0.25, False), (1.0, False), (0.25, True)])
 def test_stage2_mixes_its_losses_as_asked(model, kl, full):
     config = RunConfig(stage=2, kl=kl, full=full)
     subject = nnx.clone(model)
