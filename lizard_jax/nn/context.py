@@ -36,9 +36,9 @@ class Context:
     """T tokens, and the past that they go on from.
 
     Attributes:
-        x: ``[B, T, D]`` the layer's normalized input.
         q: ``[B, T, N, H]`` and k, v: ``[B, T, K, H]``, unrotated.
         all_k, all_v: ``[B, W + T, K, H]`` the same behind the W tokens before.
+        log_gate: ``[B, T, S]`` or ``[B, T, S, F]`` log γ, where there is a memory.
         segments: ``[B, T]`` the document of each token, 0 for padding; ``k_segments`` ``[B, W + T]`` of each key.
         positions: ``[B, T]`` in the document.
         prefix: keys and values of its first tokens, ``[B, 1 or T, M, K, H]``, where the window keeps them.
@@ -48,12 +48,12 @@ class Context:
         limits: ``[K]`` how many pairs each key head of a whole text keeps, where some keep less than X.
     """
 
-    x: Float[Array, "B T D"]
     q: Float[Array, "B T N H"]
     k: Float[Array, "B T K H"]
     v: Float[Array, "B T K H"]
     all_k: Float[Array, "B WT K H"]
     all_v: Float[Array, "B WT K H"]
+    log_gate: Float[Array, "B T S"] | Float[Array, "B T S F"] | None
     segments: Int[Array, "B T"]
     k_segments: Int[Array, "B WT"]
     positions: Int[Array, "B T"]
@@ -71,18 +71,17 @@ class Blocks:
 
     Attributes:
         offset: ``[B]`` the slots before each row's first token; U slots in all, W more with the past.
-        x, q, k, all_k, all_v, positions: as in ``Context``, moved there.
+        q, all_k, all_v, log_gate, positions: as in ``Context``, moved there.
         start: ``[B, W + U]`` where the document of each key begins; -1 where there is no token.
         asks: ``[B, U]`` the slots that hold a token of these.
         found: what was read.
     """
 
     offset: Int[Array, " B"]
-    x: Float[Array, "B U D"]
     q: Float[Array, "B U N H"]
-    k: Float[Array, "B U K H"]
     all_k: Float[Array, "B WU K H"]
     all_v: Float[Array, "B WU K H"]
+    log_gate: Float[Array, "B U S"] | Float[Array, "B U S F"] | None
     positions: Int[Array, "B U"]
     start: Int[Array, "B WU"]
     asks: Bool[Array, "B U"]

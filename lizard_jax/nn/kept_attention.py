@@ -44,7 +44,7 @@ def near_with_pairs(
             q, context.all_k, context.all_v, start, asks, state.position, beside[1], state.pairs, frequencies, sizes
         )
         offset = jnp.zeros((batch,), jnp.int32)
-        blocks = Blocks(offset, context.x, q, context.k, context.all_k, context.all_v, positions, start, asks, found)
+        blocks = Blocks(offset, q, context.all_k, context.all_v, context.log_gate, positions, start, asks, found)
     else:
         offset = state.position % sizes.block
         # Where in its block a row goes on is not known beforehand, and may cost a block more.
@@ -69,8 +69,8 @@ def near_with_pairs(
             near = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, sizes.window, axis=1))(near, at)
             pairs = KeptPairs(pairs.k, pairs.v, pairs.index, pairs.score, near)
         blocks = Blocks(
-            offset, moved(context.x), moved_q, moved(context.k), all_k, all_v, moved(positions), start, moved_asks,
-            found,
+            offset, moved_q, all_k, all_v, None if context.log_gate is None else moved(context.log_gate),
+            moved(positions), start, moved_asks, found,
         )  # fmt: skip
     exact, exact_log = (unaligned(a, offset, time).astype(wide) for a in (found.near, found.near_log))
     heads, log = meta.merge([beside, (exact, exact_log)], context.v.dtype)
@@ -96,7 +96,6 @@ def far_with_pairs(
     found, linear = blocks.found, context.state.linear
     assert mixer.phi_q is not None
     assert mixer.phi_k is not None
-    assert mixer.gate is not None
     assert linear is not None
     own = blocks.start[:, window:]
     present = blocks.asks & (blocks.start[:, :time] == own)
@@ -112,8 +111,8 @@ def far_with_pairs(
         to_q = rotate(to_q, *cos_sin(frequencies, blocks.positions))
         to_k = rotate(to_k, *cos_sin(frequencies, blocks.positions - window))
         lost_k = turn(lost_k, *cos_sin(frequencies, lost_index - first[:, :, None, None]))
-    log_gate = mixer.gate(blocks.x, blocks.k)
-    log_gate = jnp.where(blocks.asks.reshape(batch, time, *(1,) * (log_gate.ndim - 2)), log_gate, 0.0)
+    assert blocks.log_gate is not None
+    log_gate = jnp.where(blocks.asks.reshape(batch, time, *(1,) * (blocks.log_gate.ndim - 2)), blocks.log_gate, 0.0)
     key_scale = jnp.where(jnp.moveaxis(enters, 1, 2), 0.0, EMPTY).repeat(group, -1)
     lost_scale = jnp.where(lost_index >= 0, 0.0, EMPTY).repeat(group, -1)
     maps: dict[str, Any] = {

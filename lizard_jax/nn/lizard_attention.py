@@ -158,10 +158,11 @@ class LizardMixer(nnx.Module):
             prefix_k, prefix_v = (jax.vmap(lambda a, i: a[i])(tokens, index) for tokens in (k, v))
             prefix = prefix_k, prefix_v  # [B, T, M, K, H]
         past = jnp.zeros((q.shape[0], self.switches.window), jnp.int32)
+        log_gate = None if self.gate is None else self.gate(x, k)
         return Context(
-            x, q, k, v, jnp.concatenate([state.ring_k, k], axis=1), jnp.concatenate([state.ring_v, v], axis=1),
-            segments, jnp.concatenate([past, segments], axis=1), segment_positions(segments), prefix, state, None,
-            segment_ids, limits,
+            q, k, v, jnp.concatenate([state.ring_k, k], axis=1), jnp.concatenate([state.ring_v, v], axis=1),
+            log_gate, segments, jnp.concatenate([past, segments], axis=1), segment_positions(segments), prefix, state,
+            None, segment_ids, limits,
         )  # fmt: skip
 
     def combine(
@@ -234,9 +235,10 @@ class LizardMixer(nnx.Module):
             prefix_k = jnp.where(arriving, jnp.take_along_axis(k, index, axis=1), prefix_k)
             prefix_v = jnp.where(arriving, jnp.take_along_axis(v, index, axis=1), prefix_v)
         prefix = None if prefix_k is None or prefix_v is None else (prefix_k[:, None], prefix_v[:, None])
+        log_gate = None if self.gate is None else self.gate(x, k)
         context = Context(
-            x, q, k, v, jnp.concatenate([state.ring_k, k], axis=1), jnp.concatenate([state.ring_v, v], axis=1),
-            segments, k_segments, positions, prefix, state, lengths, segments,
+            q, k, v, jnp.concatenate([state.ring_k, k], axis=1), jnp.concatenate([state.ring_v, v], axis=1),
+            log_gate, segments, k_segments, positions, prefix, state, lengths, segments,
         )  # fmt: skip
         near = self._near(context)
         branches, linear = self._branches(context, near)
@@ -294,7 +296,7 @@ class LizardMixer(nnx.Module):
         segments, k_segments, positions = context.segments, context.k_segments, context.positions
         assert self.phi_q is not None
         assert self.phi_k is not None
-        assert self.gate is not None
+        assert context.log_gate is not None
         assert state.linear is not None
         if switches.memory == "evicted":
             # The token that leaves the window as its W-th successor arrives; the gates stay where they are.
@@ -310,7 +312,7 @@ class LizardMixer(nnx.Module):
             frequencies = inverse_frequencies(self.config.rope, self.config.head_dim)
             to_q = rotate(q, *cos_sin(frequencies, positions))
             to_k = rotate(source_k, *cos_sin(frequencies, positions - age))
-        log_gate = self.gate(context.x, k)
+        log_gate = context.log_gate
         k_log_scale = jnp.where(present, 0.0, EMPTY)[..., None].repeat(self.state_heads, -1)
         if time == 1:
             (q_feat, q_log_scale), (k_feat, own) = self.phi_q(to_q), self.phi_k(to_k)
