@@ -323,6 +323,7 @@ class MeshConfig:
     data: int = option(1, "mesh axis that splits the batch and repeats the parameters")
     fsdp: int = option(-1, "mesh axis that splits the batch and the parameters; -1 takes the devices left over")
     tensor: int = option(1, "mesh axis that splits heads and widths")
+    seq: int = option(1, "mesh axis that splits texts too long for one device, and the parameters")
 
 
 @dataclass(frozen=True)

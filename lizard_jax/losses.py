@@ -43,19 +43,23 @@ def prediction_losses(
     both = 1 if teacher_hidden is None else 2
     # On a mesh the head is gathered once, before the slices, and a device holds the logits of its own rows.
     head, rows = partition.by_columns(model.head()), batch // partition.row_parts(batch)
-    slices = 1
-    while slices < time and (both * rows * time * model.config.vocab_size) // slices > LOGITS_AT_ONCE:
+    parts = partition.time_parts(time)
+    own, slices = time // parts, 1
+    while slices < own and (both * rows * own * model.config.vocab_size) // slices > LOGITS_AT_ONCE:
         slices *= 2
-    length = -(-time // slices)
-    pad = slices * length - time
+    length = -(-own // slices)
+    pad = slices * length - own
 
     def cut(a: Array) -> Array:
-        padded = jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, slices, length, *a.shape[2:]), 1, 0)
+        """Every slice has some tokens of every device."""
+        late = a.shape[2:]
+        padded = jnp.pad(a.reshape(batch, parts, own, *late), [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * len(late))
+        sliced = jnp.moveaxis(padded.reshape(batch, parts, slices, length, *late), 2, 0)
+        return sliced.reshape(slices, batch, parts * length, *late)
 
     @jax.checkpoint
     def piece(totals: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
-        piece_hidden, piece_targets, piece_mask, *teacher = part
+        piece_hidden, piece_targets, piece_mask, *teacher = map(partition.by_tokens, part)
         log_p = jax.nn.log_softmax(model.logits(piece_hidden, head))
         weight = piece_mask.astype(log_p.dtype)
         nll = -jnp.take_along_axis(log_p, piece_targets[..., None], axis=-1)[..., 0]
@@ -66,10 +70,10 @@ def prediction_losses(
         return (totals[0] + (nll * weight).sum(), totals[1] + (kl * weight).sum()), None
 
     zero = jnp.zeros((), accumulation_dtype(hidden))
-    parts = (hidden, targets, mask, *(() if teacher_hidden is None else (teacher_hidden,)))
+    whole = (hidden, targets, mask, *(() if teacher_hidden is None else (teacher_hidden,)))
     if slices == 1:
-        return piece((zero, zero), parts)[0]
-    return jax.lax.scan(piece, (zero, zero), tuple(cut(part) for part in parts))[0]
+        return piece((zero, zero), whole)[0]
+    return jax.lax.scan(piece, (zero, zero), tuple(cut(a) for a in whole))[0]
 
 
 def head_error(

@@ -4,6 +4,7 @@ Parameters are placed by a table of path patterns. Everything else follows from 
 parameter's path, so the same row places it. XLA's partitioner does the rest (pjit semantics).
 """
 
+import math
 import os
 import re
 import sys
@@ -18,22 +19,24 @@ from lizard_jax.config import MeshConfig
 from lizard_jax.errors import UserError
 from pallas_kernels.partition import Partition
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "seq")
 BATCH = PartitionSpec(("data", "fsdp"))
 SILENCE = 30
 """Seconds after which a process that is not heard of counts as dead, and ends all others."""
 
 # The first row whose pattern is found in the path decides. Kernels are [in, out]; an adapter's low-rank axis is whole.
+# SPLIT is every axis that divides weights beside "tensor": devices that share a text hold a part of them each.
+SPLIT = ("fsdp", "seq")
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"(q|k|v|gate|up)_proj/lora_a$", PartitionSpec("fsdp", None)),
+    (r"(q|k|v|gate|up)_proj/lora_a$", PartitionSpec(SPLIT, None)),
     (r"(q|k|v|gate|up)_proj/lora_b$", PartitionSpec(None, "tensor")),
     (r"(o|down)_proj/lora_a$", PartitionSpec("tensor", None)),
-    (r"(o|down)_proj/lora_b$", PartitionSpec(None, "fsdp")),
-    (r"(q|k|v|gate|up)_proj/kernel$", PartitionSpec("fsdp", "tensor")),
-    (r"(o|down)_proj/kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"(o|down)_proj/lora_b$", PartitionSpec(None, SPLIT)),
+    (r"(q|k|v|gate|up)_proj/kernel$", PartitionSpec(SPLIT, "tensor")),
+    (r"(o|down)_proj/kernel$", PartitionSpec("tensor", SPLIT)),
     (r"(q|k|v|gate|up)_proj/bias$", PartitionSpec("tensor")),
-    (r"embed/embedding$", PartitionSpec("tensor", "fsdp")),
-    (r"lm_head/kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"embed/embedding$", PartitionSpec("tensor", SPLIT)),
+    (r"lm_head/kernel$", PartitionSpec(SPLIT, "tensor")),
     (r"mixer/(short/|more/\d+/)?phi_(q|k)/\w+$", PartitionSpec("tensor", "fsdp", None)),
 )
 
@@ -68,13 +71,13 @@ def start_distributed() -> None:
         jax.distributed.initialize(heartbeat_timeout_seconds=SILENCE)
 
 
-def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
-    """The sizes of the axes ``data, fsdp, tensor`` on that many devices.
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
+    """The sizes of the axes ``data, fsdp, tensor, seq`` on that many devices.
 
     Raises:
         UserError: more than one -1, a size below one, or a product that is not the number of devices.
     """
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [config.data, config.fsdp, config.tensor, config.seq]
     named = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"mesh {named}: each axis is a positive number, and at most one is -1")
@@ -83,11 +86,11 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
         sizes[sizes.index(-1)] = devices // known
     if int(np.prod(sizes)) != devices:
         raise UserError(f"mesh {named} does not cover the {devices} devices here; their product must be {devices}")
-    return sizes[0], sizes[1], sizes[2]
+    return sizes[0], sizes[1], sizes[2], sizes[3]
 
 
 def make_mesh(config: MeshConfig, *, some: bool = False) -> Mesh:
-    """A mesh over all devices of all processes, with ``AxisType.Auto`` axes ``data, fsdp, tensor``.
+    """A mesh over all devices of all processes, with ``AxisType.Auto`` axes ``data, fsdp, tensor, seq``.
 
     Args:
         some: over the first as many as the axes take, each of which is positive, where there may be more.
@@ -97,7 +100,7 @@ def make_mesh(config: MeshConfig, *, some: bool = False) -> Mesh:
     """
     devices = jax.devices()
     if some:
-        needed = config.data * config.fsdp * config.tensor
+        needed = config.data * config.fsdp * config.tensor * config.seq
         if needed > len(devices):
             raise UserError(f"a mesh of {needed} devices was asked for, and there are {len(devices)} here")
         devices = devices[:needed]
@@ -112,12 +115,17 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def partition_spec(name: str, shape: tuple[int, ...], axis_sizes: Mapping[str, int]) -> PartitionSpec:
     """The PartitionSpec of the array at that path; an axis that does not divide its dimension is left whole."""
+
+    def place(axis: str | tuple[str, ...] | None, size: int) -> str | tuple[str, ...] | None:
+        whole = (axis,) if isinstance(axis, str) else axis or ()
+        names = [name for name in whole if name != "seq" or axis_sizes.get(name, 1) > 1]
+        if not names or size % math.prod(axis_sizes[name] for name in names):
+            return None
+        return tuple(names) if len(names) > 1 else names[0]
+
     for pattern, spec in RULES:
         if re.search(pattern, name) and len(spec) == len(shape):
-            fits = (
-                axis if axis and size % axis_sizes[axis] == 0 else None for axis, size in zip(spec, shape, strict=True)
-            )
-            return PartitionSpec(*fits)
+            return PartitionSpec(*map(place, spec, shape))
     return PartitionSpec()
 
 
@@ -132,7 +140,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over ``data`` and ``fsdp`` together; ``tensor`` sees every row."""
+    """Rows of a batch over ``data`` and ``fsdp`` together; ``tensor`` and ``seq`` see every row."""
     return NamedSharding(mesh, BATCH)
 
 
@@ -142,8 +150,8 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def kernel_partition(mesh: Mesh) -> Partition:
-    """How the kernels' arrays lie: rows like a batch's, heads over ``tensor``."""
-    return Partition(mesh, batch=("data", "fsdp"), heads=("tensor",))
+    """How the kernels' arrays lie: rows like a batch's, heads over ``tensor``, a text's tokens over ``seq``."""
+    return Partition(mesh, batch=("data", "fsdp"), heads=("tensor",), time=("seq",))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -168,6 +176,22 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
         raise UserError(
             f"batch size {batch_size} does not divide over data x fsdp = {devices} devices{each}; use a multiple of "
             f"{devices * accumulate}"
+        )
+
+
+def check_split(length: int, kv_heads: int, mesh: Mesh) -> None:
+    """Refuse a mesh that texts of ``length`` tokens, or their key heads, cannot be split over.
+
+    Raises:
+        UserError: ``seq`` does not divide the length, or with ``tensor`` is more than there are key heads.
+    """
+    parts, together = mesh.shape["seq"], mesh.shape["seq"] * mesh.shape["tensor"]
+    if length % parts:
+        raise UserError(f"--mesh-seq={parts} does not divide --sequence-length={length}; give a multiple of {parts}")
+    if parts > 1 and together > kv_heads:
+        raise UserError(
+            f"--mesh-seq={parts} x --mesh-tensor={mesh.shape['tensor']} devices share a text by its key heads, and the "
+            f"model has {kv_heads}; split it over fewer, and rows over the others (--mesh-fsdp)"
         )
 
 

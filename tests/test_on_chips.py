@@ -54,7 +54,7 @@ def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
 def step_and_arguments(stage: int, devices: np.ndarray):
     """A stage's training step over a mesh, and what it is called with."""
     config = RunConfig(stage=stage, dtype="bfloat16", attention=ATTENTION)
-    mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
     graph, trainable, frozen = nnx.split(model(stage), stages.trainable(config), ...)
     optimizer = Optimizer(config.optim, 10)
     moments = jax.eval_shape(optimizer.init, trainable)
@@ -64,7 +64,7 @@ def step_and_arguments(stage: int, devices: np.ndarray):
 
 
 @TPU
-@pytest.mark.parametrize(("stage", "shape"), [(1, (1, 4, 1)), (2, (1, 2, 2))])
+@pytest.mark.parametrize(("stage", "shape"), [(1, (1, 4, 1, 1)), (2, (1, 2, 2, 1))])
 def test_a_training_step_on_four_tpus_has_the_kernels_in_it(stage, shape):
     """Under ``shard_map``: a kernel that XLA had to split would not compile."""
     devices = tpu_slice("v5e")

@@ -30,13 +30,13 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        x = partition.by_rows(x + self.attention(self.attention_norm(x), segment_ids=segment_ids))
-        return partition.by_rows(x + self.mlp(self.mlp_norm(x)))
+        x = partition.by_tokens(x + self.attention(self.attention_norm(x), segment_ids=segment_ids))
+        return partition.by_tokens(x + self.mlp(self.mlp_norm(x)))
 
     def after_heads(self, x: Float[Array, "B T D"], heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """The block's output for given head outputs of its attention (stage 1 supplies the teacher's)."""
-        x = partition.by_rows(x + self.attention.output(heads))
-        return partition.by_rows(x + self.mlp(self.mlp_norm(x)))
+        x = partition.by_tokens(x + self.attention.output(heads))
+        return partition.by_tokens(x + self.mlp(self.mlp_norm(x)))
 
     def extend(
         self, x: Float[Array, "B T D"], state: Any, lengths: Int[Array, " B"]

@@ -7,11 +7,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lizard_jax.config import ModelConfig
+from lizard_jax.nn.head_sets import of_heads
 from lizard_jax.nn.layers import Linear, RMSNorm
 from lizard_jax.nn.lizard_attention import LizardMixer
 from lizard_jax.nn.rope import query_scale
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
-from lizard_jax.nn.split_attention import SplitMixer, classes, of_heads, ring_of
+from lizard_jax.nn.split_attention import SplitMixer, classes, ring_of
 from lizard_jax.typing import Array, Float, Int
 
 

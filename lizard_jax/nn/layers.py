@@ -61,7 +61,7 @@ class Embedding(nnx.Module):
         self.embedding = BaseParam(INIT_STD * jax.random.normal(rngs.params(), (vocab_size, width), dtype))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return partition.by_rows(jnp.take(self.embedding[...], tokens, axis=0))
+        return partition.by_tokens(jnp.take(self.embedding[...], tokens, axis=0))
 
 
 def _quick_gelu(x: Array) -> Array:

@@ -15,6 +15,7 @@ from lizard_jax.config import ModelConfig
 from lizard_jax.nn.context import Context, LizardState, Near
 from lizard_jax.nn.feature_map import FeatureMap, slow_start
 from lizard_jax.nn.gate import Gate
+from lizard_jax.nn.head_sets import on_devices, repeated, with_repeats
 from lizard_jax.nn.kept_attention import far_with_pairs, near_with_pairs
 from lizard_jax.nn.kept_pairs import Sizes, no_pairs
 from lizard_jax.nn.numerics import accumulation_dtype
@@ -22,6 +23,7 @@ from lizard_jax.nn.params import NewParam
 from lizard_jax.nn.reuse import shared
 from lizard_jax.nn.rope import cos_sin, inverse_frequencies, rotate, segment_positions
 from lizard_jax.typing import Array, Float, Int
+from pallas_kernels import partition
 from pallas_kernels.log_gate_attention import LinearState, empty_state, log_gate_step, mapped_log_gate_attention
 from pallas_kernels.numerics import EMPTY
 from pallas_kernels.sliding_window import sliding_window
@@ -103,7 +105,28 @@ class LizardMixer(nnx.Module):
         Args:
             limits: how many pairs each key head keeps, where some keep less than ``kept``.
         """
-        return self.combine(self.branches(x, q, k, v, segment_ids=segment_ids, limits=limits), q, segment_ids)
+        mixer, heads, kv_heads = self, q.shape[2], partition.spread_heads(k.shape[2])
+        if kv_heads > k.shape[2]:
+            mixer = with_repeats(self, kv_heads)
+            q, k, v = (repeated(a, kv_heads * a.shape[2] // k.shape[2], 2) for a in (q, k, v))
+            limits = None if limits is None else repeated(limits, kv_heads, 0)
+        log_gate = None if mixer.gate is None else partition.heads_by_tokens(mixer.gate(x, k))
+        q, k, v = (partition.heads_by_tokens(a) for a in (q, k, v))
+        out = on_devices(mixer, log_gate, q, k, v, segment_ids, limits)
+        return partition.heads_by_tokens(out)[:, :, :heads]
+
+    def heads(
+        self,
+        log_gate: Float[Array, "B T S"] | Float[Array, "B T S F"] | None,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        segment_ids: Int[Array, "B T"] | None,
+        limits: Int[Array, " K"] | None,
+    ) -> Float[Array, "B T N H"]:
+        """``__call__`` on one device, where the gate has been computed."""
+        context = self._whole(log_gate, q, k, v, segment_ids, limits)
+        return self.combine(self._branches(context, self._near(context))[0], q, segment_ids)
 
     def branches(
         self,
@@ -122,7 +145,7 @@ class LizardMixer(nnx.Module):
             near: what ``near`` gave for the same text, where it is at hand.
             limits: as in ``__call__``.
         """
-        context = self._whole(x, q, k, v, segment_ids, limits)
+        context = self._whole(None if self.gate is None else self.gate(x, k), q, k, v, segment_ids, limits)
         return self._branches(context, self._near(context) if near is None else near)[0]
 
     def near(
@@ -135,11 +158,11 @@ class LizardMixer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Near:
         """The exact part of a whole text, which depends on no gate and no feature map."""
-        return self._near(self._whole(x, q, k, v, segment_ids))
+        return self._near(self._whole(None, q, k, v, segment_ids))
 
     def _whole(
         self,
-        x: Array,
+        log_gate: Array | None,
         q: Array,
         k: Array,
         v: Array,
@@ -158,7 +181,6 @@ class LizardMixer(nnx.Module):
             prefix_k, prefix_v = (jax.vmap(lambda a, i: a[i])(tokens, index) for tokens in (k, v))
             prefix = prefix_k, prefix_v  # [B, T, M, K, H]
         past = jnp.zeros((q.shape[0], self.switches.window), jnp.int32)
-        log_gate = None if self.gate is None else self.gate(x, k)
         return Context(
             q, k, v, jnp.concatenate([state.ring_k, k], axis=1), jnp.concatenate([state.ring_v, v], axis=1),
             log_gate, segments, jnp.concatenate([past, segments], axis=1), segment_positions(segments), prefix, state,

@@ -5,9 +5,8 @@ magnitude (docs/attention.md, Budgets by key head). Heads of a class run togethe
 over its own heads alone.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jax.typing import DTypeLike
 from lizard_jax.config import ModelConfig
 from lizard_jax.nn.cache import KVCache
 from lizard_jax.nn.context import LizardState
+from lizard_jax.nn.head_sets import comes_together, of_heads, one_class
 from lizard_jax.nn.lizard_attention import LizardMixer
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
 from lizard_jax.typing import Array, Float, Int
@@ -52,15 +52,6 @@ def classes(config: ModelConfig, layer_index: int) -> dict[tuple[int, int], tupl
             out.setdefault(config.attention.budget(layer_index, head), []).append(head)
     usual = (config.attention.window, config.attention.kept)
     return {budget: tuple(out[budget]) for budget in sorted(out, key=lambda budget: (budget != usual, budget))}
-
-
-def of_heads(config: ModelConfig, kv_heads: int, **attention: object) -> ModelConfig:
-    """The configuration of that many of a layer's key heads, with their query heads, and with these switches."""
-    assert config.attention is not None
-    usual: dict[str, object] = {"softmax_layers": (), "softmax_heads": (), "budgets": ()}
-    switches = replace(config.attention, **usual | attention)  # type: ignore[arg-type]
-    group = config.num_heads // config.kv_heads
-    return replace(config, num_heads=kv_heads * group, kv_heads=kv_heads, attention=switches)
 
 
 def ring_of(config: ModelConfig, kv_heads: int, layer: int) -> ModelConfig:
@@ -224,38 +215,6 @@ def joins(mixers: Sequence[LizardMixer], less: LizardMixer) -> bool:
     every = [*mixers, less]
     needed = sum(mixer.config.kv_heads * (mixer.switches.window + mixer.switches.kept) for mixer in every)
     return sum(mixer.config.kv_heads for mixer in every) * (most.window + most.kept) <= PADDED * needed
-
-
-@functools.cache
-def _shapes(config: ModelConfig) -> tuple[nnx.GraphDef[LizardMixer], nnx.State]:
-    """A mixer of these heads, without numbers."""
-    return nnx.split(nnx.eval_shape(lambda: LizardMixer(config, rngs=nnx.Rngs(0))))
-
-
-def comes_together(mixer: LizardMixer) -> bool:
-    """Whether all its parameters are of one head each, so that classes of heads can be put together."""
-    _, wider = _shapes(of_heads(mixer.config, mixer.config.kv_heads + 1))
-    leaves = jax.tree.leaves(nnx.state(mixer)), jax.tree.leaves(wider)
-    return all(a.shape != b.shape for a, b in zip(*leaves, strict=True))
-
-
-def one_class(mixers: Sequence[LizardMixer]) -> tuple[LizardMixer, Int[Array, " K"]]:
-    """Classes that differ in their kept pairs alone as one mixer of the largest, and how many each key head keeps.
-
-    The same numbers from one call in place of many, at the price of pairs that no head has.
-    """
-    config, kept = mixers[0].config, [mixer.switches.kept for mixer in mixers]
-    kv_heads = [mixer.config.kv_heads for mixer in mixers]
-    whole = of_heads(config, sum(kv_heads), kept=max(kept))
-    graph, wanted = _shapes(whole)
-
-    def joined(wide: jax.ShapeDtypeStruct, *parts: Array) -> Array:
-        (axis,) = (i for i, (a, b) in enumerate(zip(wide.shape, parts[0].shape, strict=True)) if a != b)
-        return jnp.concatenate(parts, axis=axis)
-
-    state = jax.tree.map(joined, wanted, *(nnx.state(mixer) for mixer in mixers))
-    limits = [count for count, heads in zip(kept, kv_heads, strict=True) for _ in range(heads)]
-    return nnx.merge(graph, state), jnp.asarray(limits, jnp.int32)
 
 
 def _take(x: Float[Array, "B T N H"], heads: tuple[int, ...]) -> Float[Array, "B T heads H"]:

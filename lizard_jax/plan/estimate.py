@@ -59,7 +59,7 @@ class Plan:
         compute, reading, sending: seconds that the chip cannot beat for each.
     """
 
-    mesh: tuple[int, int, int]
+    mesh: tuple[int, ...]
     remat: bool
     parts: Parts
     temporaries: float
@@ -165,11 +165,12 @@ def variants(
     devices = absent.tpus(where.chip, where.count) if where.chip.platform == "tpu" else absent.gpus(where.chip, n)
     meshes = [sharding.mesh_shape(config.mesh, n)]
     if not any(key.startswith("mesh.") for key in given):
-        meshes += [(n, 1, 1)] if n > 1 else []
-        meshes += [(1, n // 2, 2)] if n > 3 and shape.kv_heads % 2 == 0 else []
+        meshes += [(n, 1, 1, 1)] if n > 1 else []
+        meshes += [(1, n // 2, 2, 1)] if n > 3 and shape.kv_heads % 2 == 0 else []
     remats = [config.remat] if "remat" in given or config.stage == 1 else [config.remat, not config.remat]
     for sizes, remat in itertools.product(dict.fromkeys(meshes), remats):
         mesh = mesh_over(devices, sizes)
+        sharding.check_split(config.data.sequence_length, shape.kv_heads, mesh)
         rows, over = config.data.batch_size, sharding.row_devices(mesh) * config.data.accumulate
         if "data.batch_size" in given:
             sharding.check_batch(rows, mesh, config.data.accumulate)

@@ -27,6 +27,7 @@ from lizard_jax.plan.estimate import (
     plan,
     variants,
 )
+from lizard_jax.sharding import AXES
 from lizard_jax.train.loop import total_steps
 
 WIDTH = 112
@@ -99,7 +100,7 @@ def table(config: RunConfig, target: str, where: Machines, shape: ModelConfig, f
         own = each.parts
         sizes = (own.frozen + own.trained, own.optimizer + own.batch, each.temporaries, each.code, each.total)
         fits = "yes" if each.total <= ROOM * where.chip.memory else "no"
-        mesh = " x ".join(map(str, each.mesh)) + (
+        mesh = " x ".join(map(str, _named(each))) + (
             "" if config.stage == 1 else ", remat" if each.remat else ", no remat"
         )
         times = (1e3 * each.compute, 1e3 * each.reading, 1e3 * each.sending)
@@ -110,13 +111,19 @@ def table(config: RunConfig, target: str, where: Machines, shape: ModelConfig, f
     return out
 
 
+def _named(found: Plan) -> tuple[int, ...]:
+    """The mesh, without its last axis where no text is split."""
+    return found.mesh if found.mesh[-1] > 1 else found.mesh[:-1]
+
+
 def words(config: RunConfig, shape: ModelConfig, where: Machines, best: Plan, price: float | None) -> list[str]:
     """What the best row means for the run."""
     rows, time, steps = config.data.batch_size, config.data.sequence_length, total_steps(config)
     low, high = hours(config, best, where.devices)
     tokens = rows * time
     out = [
-        f"best: --mesh-data={best.mesh[0]} --mesh-fsdp={best.mesh[1]} --mesh-tensor={best.mesh[2]}"
+        "best: "
+        + " ".join(f"--mesh-{axis}={size}" for axis, size in zip(AXES, _named(best), strict=False))
         + f" --batch-size={rows}"
         + ("" if config.stage == 1 else " --remat" if best.remat else " --no-remat"),
         f"{best.flops / 1e12:,.1f} TFLOP a step of {rows} x {time} tokens ({forward_passes(config, shape, best):.2f} "

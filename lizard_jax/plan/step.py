@@ -85,9 +85,9 @@ def batch_of(config: RunConfig) -> Batch:
     return Batch(whole, whole, whole, real)  # type: ignore[arg-type]
 
 
-def mesh_over(devices: tuple[Any, ...], shape: tuple[int, int, int]) -> Mesh:
+def mesh_over(devices: tuple[Any, ...], shape: tuple[int, ...]) -> Mesh:
     """A mesh of these devices, as ``sharding.make_mesh`` makes one of those that are here."""
-    return Mesh(np.asarray(devices).reshape(shape), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(np.asarray(devices).reshape(shape), sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
 
 
 def parts(config: RunConfig, shape: ModelConfig, mesh: Mesh) -> Parts:

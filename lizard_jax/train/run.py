@@ -189,6 +189,7 @@ def run(config: RunConfig, given: frozenset[str] = frozenset()) -> dict[str, Any
     mesh = sharding.make_mesh(config.mesh)
     path = stage_dir(config)
     source = teacher_dir(config.teacher)
+    sharding.check_split(config.data.sequence_length, _shape_of(config, source).kv_heads, mesh)
     config = settled(config, given, begun(path), source, mesh)
     record = _record(config, source)
     if config.stage == 2 and config.attention.adds_modules:

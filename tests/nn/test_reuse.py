@@ -21,13 +21,13 @@ CONFIG = ModelConfig(
 
 def test_layers_of_a_kind_are_traced_once(monkeypatch):
     model, tokens = build(CONFIG, rngs=nnx.Rngs(0)), jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
-    kinds, plain = [], LizardMixer.branches
+    kinds, plain = [], LizardMixer.heads
 
-    def branches(self, *args, **kwargs):
+    def heads(self, *args, **kwargs):
         kinds.append((self.config.kv_heads, self.switches.kept))
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(LizardMixer, "branches", branches)
+    monkeypatch.setattr(LizardMixer, "heads", heads)
 
     def loss(model, tokens):
         return jnp.square(model(tokens)).mean()

@@ -107,7 +107,7 @@ def test_classes_in_one_call_are_the_same_function(more, monkeypatch):
     (_, by_class), grads = run()
     calls = []
     monkeypatch.setattr(split_attention, "one_call_pays", lambda: True)
-    monkeypatch.setattr(LizardMixer, "branches", _counted(LizardMixer.branches, calls))
+    monkeypatch.setattr(LizardMixer, "heads", _counted(LizardMixer.heads, calls))
     (_, together), grads_together = run()
     assert len(calls) == len(mixer.linearized) - 1
     np.testing.assert_allclose(together, by_class, rtol=1e-11, atol=1e-12)

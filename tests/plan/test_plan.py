@@ -79,7 +79,7 @@ def test_a_deep_model_is_planned_from_shallow_ones():
     shape = dataclasses.replace(MODEL, num_layers=3, head_dim=16, attention=attention)
     config = override(run_config(1), {"attention": attention, "data.batch_size": 4, "data.sequence_length": 128})
     where = estimate.Machines(CHIPS["v5e"], 4)
-    mesh = step.mesh_over(absent.tpus(where.chip, 4), (1, 4, 1))
+    mesh = step.mesh_over(absent.tpus(where.chip, 4), (1, 4, 1, 1))
     planned = estimate.plan(config, shape, where, mesh, (1, 2))
     real = step.compiled(config, shape, where.chip, mesh)
     assert planned.flops == step.flops(config, shape)

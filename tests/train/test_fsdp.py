@@ -1,5 +1,6 @@
 """The same run on one device and on meshes of eight."""
 
+import dataclasses
 import math
 import re
 
@@ -16,7 +17,7 @@ from lizard_jax.train.checkpoint import Checkpoints, named, restore_params
 from lizard_jax.train.optim import Optimizer
 from lizard_jax.train.step import eval_step, in_parts, place, train_step
 from pallas_kernels import partition
-from tests.train.tiny import RandomBatches, make_model, mesh_of, run_config
+from tests.train.tiny import MODEL, RandomBatches, make_model, mesh_of, run_config
 
 
 def _placed(batch, mesh):
@@ -35,12 +36,13 @@ def _close(one, many, tolerance):
         assert np.abs(value - many[name]).max() <= tolerance * scale, name
 
 
-def _first_step(config, mesh):
-    state = place(config, make_model(config), Optimizer(config.optim, 1), mesh)
+def _first_step(config, mesh, shape=MODEL):
+    state = place(config, make_model(config, shape), Optimizer(config.optim, 1), mesh)
 
     @jax.jit
     def grads(trainable, frozen, batch):
-        return stages.loss_and_grads(config, nnx.merge(state.graph, trainable, frozen), batch)
+        with partition.over(sharding.kernel_partition(mesh)):
+            return stages.loss_and_grads(config, nnx.merge(state.graph, trainable, frozen), batch)
 
     found, metrics = grads(state.trainable, state.frozen, _placed(RandomBatches(config.data).batch(0), mesh))
     return _host(found), float(metrics["loss"])
@@ -53,6 +55,21 @@ def test_first_step_in_fp32():
     np.testing.assert_allclose(loss_many, loss, rtol=1e-5)
     assert any(np.abs(value).max() > 0 for value in one.values())
     _close(one, many, 1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_devices_that_share_a_text():
+    """Three heads of a class and one that sees all of the past, over four devices and two: some run twice."""
+    config = run_config(2, dtype="float64", data=DataConfig(sequence_length=32, batch_size=2, held_out_tokens=512))
+    config = override(config, {"attention.kept": 6, "attention.softmax_heads": ("0.1",), "kl": 0.0, "remat": False})
+    shape = dataclasses.replace(MODEL, num_layers=1, num_heads=8, kv_heads=4)
+    one, loss = _first_step(config, mesh_of(), shape)
+    many, loss_many = _first_step(config, mesh_of(fsdp=2, seq=4), shape)
+    np.testing.assert_allclose(loss_many, loss, rtol=1e-12)
+    assert {"gate", "phi_q", "q_proj"} <= {
+        part for name, value in one.items() if value.any() for part in name.split("/")
+    }
+    _close(one, many, 1e-10)
 
 
 def _ragged(config):
@@ -111,12 +128,12 @@ def _fifty_steps(config, mesh):
     return _host(trainable), _host(moments), float(metrics["loss"])
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("stage", "axis"), [(1, "data"), (2, "seq")])
 @pytest.mark.usefixtures("x64")
-def test_fifty_steps_in_float64(stage):
+def test_fifty_steps_in_float64(stage, axis):
     config = run_config(stage, dtype="float64")
     one, moments, loss = _fifty_steps(config, mesh_of())
-    many, moments_many, loss_many = _fifty_steps(config, mesh_of(data=2, fsdp=2, tensor=2))
+    many, moments_many, loss_many = _fifty_steps(config, mesh_of(fsdp=2, tensor=2, **{axis: 2}))
     assert all(value.dtype == np.float64 for value in one.values())
     np.testing.assert_allclose(loss_many, loss, rtol=1e-5)
     _close(one, many, 1e-5)
@@ -159,14 +176,15 @@ def _collectives(text: str) -> list[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("form", ["stage 1", "stage 2", "stage 2, KL in slices", "validation"])
+@pytest.mark.parametrize("form", ["stage 1", "stage 2, KL in slices", "stage 2, texts split", "validation"])
 def test_devices_exchange_weights_and_no_activations(form, monkeypatch):
-    """On 2 x 4 devices nothing of a whole batch's activations, of its MLP's width, or of logits goes over a link."""
-    if "slices" in form:
+    """On eight devices nothing of a whole batch's activations, of its MLP's width, or of logits goes over a link."""
+    if "KL" in form:
         monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 2048)
-    data = DataConfig(sequence_length=64, batch_size=8, held_out_tokens=512)
+    split = "split" in form
+    data = DataConfig(sequence_length=256 if split else 64, batch_size=4 if split else 8, held_out_tokens=512)
     config = run_config(1 if form == "stage 1" else 2, data=data)
-    mesh, optimizer = mesh_of(data=2, fsdp=4), Optimizer(config.optim, 1)
+    mesh, optimizer = mesh_of(data=2, fsdp=2, seq=2) if split else mesh_of(data=2, fsdp=4), Optimizer(config.optim, 1)
     state = place(config, make_model(config), optimizer, mesh)
     batch = _placed(RandomBatches(config.data).batch(0), mesh)
     if form == "validation":

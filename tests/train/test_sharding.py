@@ -15,10 +15,11 @@ from tests.train.tiny import make_model, mesh_of, run_config
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
-        (MeshConfig(), (1, 8, 1)),
-        (MeshConfig(2, -1, 2), (2, 2, 2)),
-        (MeshConfig(-1, 1, 4), (2, 1, 4)),
-        (MeshConfig(2, 2, 2), (2, 2, 2)),
+        (MeshConfig(), (1, 8, 1, 1)),
+        (MeshConfig(2, -1, 2), (2, 2, 2, 1)),
+        (MeshConfig(-1, 1, 4), (2, 1, 4, 1)),
+        (MeshConfig(2, 2, 2), (2, 2, 2, 1)),
+        (MeshConfig(seq=4), (1, 2, 1, 4)),
     ],
 )
 def test_mesh_shape(config, shape):
@@ -60,6 +61,23 @@ def test_parameters_and_their_moments_lie_as_the_table_says():
 def test_an_axis_that_does_not_divide_leaves_its_dimension_whole():
     sizes = {"data": 1, "fsdp": 4, "tensor": 3}
     assert sharding.partition_spec("layers/0/mlp/up_proj/kernel", (8, 10), sizes) == P("fsdp", None)
+
+
+def test_devices_that_share_a_text_have_a_part_of_the_weights_each():
+    sizes = {"data": 1, "fsdp": 2, "tensor": 1, "seq": 4}
+    assert sharding.partition_spec("layers/0/mlp/up_proj/kernel", (8, 10), sizes) == P(("fsdp", "seq"), "tensor")
+    assert sharding.partition_spec("layers/0/attention/mixer/phi_q/kernel", (2, 8, 4), sizes) == P(
+        "tensor", "fsdp", None
+    )
+
+
+def test_a_text_that_cannot_be_split_is_refused():
+    mesh = mesh_of(fsdp=2, seq=4)
+    sharding.check_split(64, 4, mesh)
+    with pytest.raises(UserError, match=r"sequence-length=30.*multiple of 4"):
+        sharding.check_split(30, 4, mesh)
+    with pytest.raises(UserError, match=r"key heads.*has 2"):
+        sharding.check_split(64, 2, mesh)
 
 
 def test_put_places_values_unchanged():

@@ -10,6 +10,7 @@ from lizard_jax.config import DataConfig, LizardConfig, LoraConfig, MeshConfig, 
 from lizard_jax.data.loader import Batch
 from lizard_jax.lora import add_lora
 from lizard_jax.models import build
+from lizard_jax.sharding import AXES
 
 MODEL = ModelConfig(
     architecture="llama",
@@ -37,10 +38,10 @@ def run_config(stage: int = 1, **changes) -> RunConfig:
     return RunConfig(**{**defaults, **changes})
 
 
-def make_model(config: RunConfig):
+def make_model(config: RunConfig, shape: ModelConfig = MODEL):
     """The model a stage starts from, in the run's dtype throughout."""
     attention = None if config.stage == 0 else config.attention
-    model = build(dataclasses.replace(MODEL, attention=attention), dtype=config.dtype, rngs=nnx.Rngs(3))
+    model = build(dataclasses.replace(shape, attention=attention), dtype=config.dtype, rngs=nnx.Rngs(3))
     if config.stage == 2 and not config.full:
         add_lora(model, LoraConfig(rank=2), nnx.Rngs(5))
     if config.dtype == "float64":
@@ -66,11 +67,11 @@ class RandomBatches:
         return [self.batch(10_000), self.batch(10_001)]
 
 
-def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1):
+def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1, seq: int = 1):
     """A mesh over the first devices, as many as the axes need."""
-    count = data * fsdp * tensor
-    axes = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axes, devices=jax.devices()[:count])
+    count = data * fsdp * tensor * seq
+    axes = (jax.sharding.AxisType.Auto,) * 4
+    return jax.make_mesh((data, fsdp, tensor, seq), AXES, axes, devices=jax.devices()[:count])
 
 
 __all__ = ["ATTENTION", "MODEL", "MeshConfig", "RandomBatches", "make_model", "mesh_of", "run_config"]
