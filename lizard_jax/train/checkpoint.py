@@ -1,7 +1,7 @@
 """Checkpoints of a stage: the parts that are not the teacher's, its optimizer, and what they belong to.
 
 ``STAGE/run.json`` says which settings, teacher and data the checkpoints belong to. ``STAGE/checkpoints/STEP`` are the
-latest few, with optimizer state; ``STAGE/best/STEP`` is the one with the lowest held-out loss, parameters only. Orbax
+latest few, with optimizer state; ``STAGE/best/STEP`` is the one that validation found best, parameters only. Orbax
 writes each beside its place and renames it, so a checkpoint that exists is whole. ``STAGE/sums`` has the checksums of
 each: one that disk or network has damaged since is told, moved to ``STAGE/damaged``, and the one before it is used.
 """
@@ -72,21 +72,22 @@ class Checkpoints:
         """The step of the best checkpoint, None where there is none."""
         return self._best.latest_step()
 
-    def best_loss(self) -> float:
-        """Held-out loss of the best checkpoint; inf where there is none."""
+    def best_objective(self) -> float:
+        """What the best checkpoint was chosen by; inf where there is none, or one that an earlier version chose."""
         step = self.best_step()
         if step is None:
             return float("inf")
-        return self._best.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))["info"]["loss"]
+        saved = self._best.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))
+        return saved["info"].get("objective", float("inf"))
 
     def save(self, step: int, params: Any, optimizer: Any) -> None:
         """Save parameters and optimizer state as the newest checkpoint; the step counts finished updates."""
         items = {"params": ocp.args.StandardSave(named(params)), "optimizer": ocp.args.StandardSave(named(optimizer))}
         self._save(self._latest, step, items)
 
-    def save_best(self, step: int, params: Any, loss: float) -> None:
+    def save_best(self, step: int, params: Any, objective: float) -> None:
         """Save parameters as the best so far, in place of the best before."""
-        items = {"params": ocp.args.StandardSave(named(params)), "info": ocp.args.JsonSave({"loss": loss})}
+        items = {"params": ocp.args.StandardSave(named(params)), "info": ocp.args.JsonSave({"objective": objective})}
         self._save(self._best, step, items)
 
     def restore(self, params: Any, optimizer: Any, mesh: Mesh) -> tuple[Any, Any, int]:

@@ -86,7 +86,7 @@ class Trainer:
         page = wandb_run(config.wandb, stage_dir, to_dict(config)) if self._writes else None
         self.log = MetricsLog(stage_dir, self.start, self._writes, page)
         self._profile = Profile(stage_dir, self.start, config.profile if self._writes else 0)
-        self._best = self.checkpoints.best_loss()
+        self._best = self.checkpoints.best_objective()
         self._skipped = 0
 
     @property
@@ -212,8 +212,9 @@ class Trainer:
             self._diverged(step, f"held-out loss {numbers['loss']}")
         self.log.write({"step": step, "validation": numbers | {"seconds": time.monotonic() - began}})
         self._line.say(f"stage {self.config.stage}  {step}/{self.total}  held-out {_summary(numbers)}")
-        if step > 0 and numbers["loss"] < self._best:
-            self._best = numbers["loss"]
+        judged = stages.objective(self.config, numbers)
+        if step > 0 and judged < self._best:
+            self._best = judged
             self.checkpoints.save_best(step, self._kept(), self._best)
 
     def _save(self, step: int) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from lizard_jax.atomic import finite, write_atomic
 from lizard_jax.config import RunConfig, to_dict
+from lizard_jax.train.stages import objective
 
 PACKAGES = ("lizard-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
@@ -36,12 +37,12 @@ def summarize(config: RunConfig, history: list[dict[str, Any]]) -> dict[str, Any
 
     Returns:
         ``before`` and ``after`` (held-out loss, perplexity, layer_mse; after is the best checkpoint's, from
-        ``best_step``), ``teacher`` where it was measured, ``steps``, those ``skipped``, ``tokens``, ``seconds`` of
-        stepping and the median ``tokens_per_second``.
+        ``best_step``, by ``stages.objective``), ``teacher`` where it was measured, ``steps``, those ``skipped``,
+        ``tokens``, ``seconds`` of stepping and the median ``tokens_per_second``.
     """
     validations = {entry["step"]: entry["validation"] for entry in history if "validation" in entry}
     steps = [entry for entry in history if "loss" in entry]
-    best_step = min((step for step in validations if step > 0), key=lambda step: validations[step]["loss"])
+    best_step = min((step for step in validations if step > 0), key=lambda step: objective(config, validations[step]))
     names = ("loss", "perplexity", "layer_mse")
 
     def pick(numbers: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -206,3 +206,15 @@ def finish(sums: dict[str, Array]) -> dict[str, Any]:
         pairs = zip(host["layer_mse"], host["layer_power"], strict=True)
         out["layer_error"] = [float(error) / float(power) if power else 0.0 for error, power in pairs]
     return out
+
+
+def objective(config: RunConfig, numbers: dict[str, Any]) -> float:
+    """By what a stage's validations (as of ``finish``) are compared, and the best parameters handed on; less is better.
+
+    Stage 1 goes by the KL to the teacher, which a few tokens tell better than the loss, most of which is the teacher's
+    own on them. Stage 2 weighs both as its loss does, and where there is no teacher the loss decides.
+    """
+    if "kl" not in numbers:
+        return numbers["loss"]
+    share = 1.0 if config.stage == 1 else kl_share(config)
+    return share * numbers["kl"] + (1.0 - share) * numbers["loss"]

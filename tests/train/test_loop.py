@@ -85,9 +85,9 @@ def test_what_a_run_writes(undisturbed):
     assert [line["step"] for line in validations] == [0, 2, 4, 6, 8]
     assert len(validations[0]["validation"]["layer_mse"]) == 2
     assert sorted(int(path.name) for path in (undisturbed / "checkpoints").iterdir()) == [6, 8]
-    best = min(validations[1:], key=lambda line: line["validation"]["loss"])
+    best = min(validations[1:], key=lambda line: line["validation"]["kl"])
     checkpoints = Checkpoints(undisturbed)
-    assert (checkpoints.best_step(), checkpoints.best_loss()) == (best["step"], best["validation"]["loss"])
+    assert (checkpoints.best_step(), checkpoints.best_objective()) == (best["step"], best["validation"]["kl"])
     checkpoints.close()
     assert next(undisturbed.glob("events.out.tfevents.*")).stat().st_size > 500
 
@@ -210,7 +210,7 @@ def test_nothing_but_damage_is_refused_and_a_damaged_best_is_not_taken(undisturb
     with pytest.raises(UserError, match=r"the best checkpoint in .* is damaged: params/.* is not as it was written"):
         restore_params(tmp_path / "b", {})
     checkpoints = Checkpoints(tmp_path / "b")
-    assert (checkpoints.latest_step(), checkpoints.best_step(), checkpoints.best_loss()) == (8, None, float("inf"))
+    assert (checkpoints.latest_step(), checkpoints.best_step(), checkpoints.best_objective()) == (8, None, float("inf"))
     checkpoints.close()
 
 

@@ -191,3 +191,12 @@ def test_finish_divides_sums_by_what_was_counted():
     assert out["layer_mse"] == pytest.approx([0.25, 0.5])
     assert out["layer_error"] == pytest.approx([0.5, 0.0])
     assert out["kl"] == pytest.approx(0.15)
+
+
+def test_a_stage_hands_on_what_is_closest_to_what_it_learns():
+    early, late = {"loss": 2.90, "kl": 0.05}, {"loss": 2.91, "kl": 0.03}
+    first, second, alone = RunConfig(stage=1), RunConfig(stage=2, kl=0.9), RunConfig(stage=2, kl=0.0)
+    assert stages.objective(first, late) < stages.objective(first, early)
+    assert stages.objective(second, late) == pytest.approx(0.9 * 0.03 + 0.1 * 2.91)
+    assert stages.objective(alone, early) == 2.90
+    assert stages.objective(RunConfig(stage=0), {"loss": 3.0}) == 3.0
