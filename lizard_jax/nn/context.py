@@ -71,7 +71,7 @@ class Blocks:
 
     Attributes:
         offset: ``[B]`` the slots before each row's first token; U slots in all, W more with the past.
-        q, all_k, all_v, log_gate, positions: as in ``Context``, moved there.
+        q, all_k, all_v, positions: as in ``Context``, moved there.
         start: ``[B, W + U]`` where the document of each key begins; -1 where there is no token.
         asks: ``[B, U]`` the slots that hold a token of these.
         found: what was read.
@@ -81,7 +81,6 @@ class Blocks:
     q: Float[Array, "B U N H"]
     all_k: Float[Array, "B WU K H"]
     all_v: Float[Array, "B WU K H"]
-    log_gate: Float[Array, "B U S"] | Float[Array, "B U S F"] | None
     positions: Int[Array, "B U"]
     start: Int[Array, "B WU"]
     asks: Bool[Array, "B U"]

@@ -44,7 +44,7 @@ def near_with_pairs(
             q, context.all_k, context.all_v, start, asks, state.position, beside[1], state.pairs, frequencies, sizes
         )
         offset = jnp.zeros((batch,), jnp.int32)
-        blocks = Blocks(offset, q, context.all_k, context.all_v, context.log_gate, positions, start, asks, found)
+        blocks = Blocks(offset, q, context.all_k, context.all_v, positions, start, asks, found)
     else:
         offset = state.position % sizes.block
         # Where in its block a row goes on is not known beforehand, and may cost a block more.
@@ -68,10 +68,7 @@ def near_with_pairs(
             at = end - jnp.where(lengths > 0, (end - 1) // sizes.block * sizes.block, begin)
             near = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, sizes.window, axis=1))(near, at)
             pairs = KeptPairs(pairs.k, pairs.v, pairs.index, pairs.score, near)
-        blocks = Blocks(
-            offset, moved_q, all_k, all_v, None if context.log_gate is None else moved(context.log_gate),
-            moved(positions), start, moved_asks, found,
-        )  # fmt: skip
+        blocks = Blocks(offset, moved_q, all_k, all_v, moved(positions), start, moved_asks, found)
     exact, exact_log = (unaligned(a, offset, time).astype(wide) for a in (found.near, found.near_log))
     heads, log = meta.merge([beside, (exact, exact_log)], context.v.dtype)
     log = jnp.where(asks[..., None], log, EMPTY)
@@ -111,8 +108,11 @@ def far_with_pairs(
         to_q = rotate(to_q, *cos_sin(frequencies, blocks.positions))
         to_k = rotate(to_k, *cos_sin(frequencies, blocks.positions - window))
         lost_k = turn(lost_k, *cos_sin(frequencies, lost_index - first[:, :, None, None]))
-    assert blocks.log_gate is not None
-    log_gate = jnp.where(blocks.asks.reshape(batch, time, *(1,) * (blocks.log_gate.ndim - 2)), blocks.log_gate, 0.0)
+    log_gate = context.log_gate
+    assert log_gate is not None
+    if log_gate.shape[1] != time:
+        log_gate = filled(log_gate, time) if context.lengths is None else aligned(log_gate, blocks.offset, time)
+    log_gate = jnp.where(blocks.asks.reshape(batch, time, *(1,) * (log_gate.ndim - 2)), log_gate, 0.0)
     key_scale = jnp.where(jnp.moveaxis(enters, 1, 2), 0.0, EMPTY).repeat(group, -1)
     lost_scale = jnp.where(lost_index >= 0, 0.0, EMPTY).repeat(group, -1)
     maps: dict[str, Any] = {

@@ -30,7 +30,7 @@ from lizard_jax.plan.estimate import (
 from lizard_jax.sharding import AXES
 from lizard_jax.train.loop import total_steps
 
-WIDTH = 112
+WIDTH = 124
 """Columns of the table, also where the terminal has fewer or there is none."""
 
 
