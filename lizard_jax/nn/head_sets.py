@@ -94,7 +94,9 @@ def on_devices(
 
     Choosing pairs is a loop over a text; nothing of it may wait for a link.
     """
-    kv_heads = k.shape[2]
+    arrays, kv_heads = (log_gate, q, k, v, segment_ids, limits), k.shape[2]
+    if partition.mesh() is None:
+        return mixer.heads(*arrays)
     own = kv_heads // partition.head_parts(kv_heads)
     graph, _ = _shapes(type(mixer), of_heads(mixer.config, own))
     _, other = _shapes(type(mixer), of_heads(mixer.config, kv_heads + 1))
@@ -106,13 +108,8 @@ def on_devices(
     def run(state: nnx.State, *arrays: Any) -> Array:
         return nnx.merge(graph, state).heads(*arrays)
 
-    arrays = (log_gate, q, k, v, segment_ids, limits)
     state = nnx.state(mixer)
-    roles = (
-        role_of if array is not None else None
-        for role_of, array in zip((*(TOKENS,) * 4, BATCH, HEADS), arrays, strict=True)
-    )
-    spread = partition.spread(
-        run, (jax.tree.map(role, state, other), *roles), TOKENS, q.shape[0], (q.shape[2], kv_heads)
-    )  # fmt: skip
+    roles = [None if a is None else one for one, a in zip((*(TOKENS,) * 4, BATCH, HEADS), arrays, strict=True)]
+    parameters = jax.tree.map(role, state, other)
+    spread = partition.spread(run, (parameters, *roles), TOKENS, q.shape[0], (q.shape[2], kv_heads))
     return spread(state, *arrays)
