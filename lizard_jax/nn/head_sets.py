@@ -81,24 +81,25 @@ def with_repeats(mixer: "LizardMixer", kv_heads: int) -> "LizardMixer":
     return nnx.merge(graph, jax.tree.map(more, wanted, nnx.state(mixer)))
 
 
-def on_devices(
-    mixer: "LizardMixer",
-    log_gate: Float[Array, "B T S"] | Float[Array, "B T S F"] | None,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    segment_ids: Int[Array, "B T"] | None,
-    limits: Int[Array, " K"] | None,
-) -> Float[Array, "B T N H"]:
-    """``mixer.heads`` on the mesh of ``partition.over``: each device for its rows and its heads, without another's.
+def for_devices(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+) -> tuple[Array, Array, Array]:
+    """What attention reads as the devices that share a text take it: their own tokens, and heads that they divide."""
+    kv_heads = partition.spread_heads(k.shape[2])
+    if kv_heads > k.shape[2]:
+        q, k, v = (repeated(a, kv_heads * a.shape[2] // k.shape[2], 2) for a in (q, k, v))
+    return partition.heads_by_tokens(q), partition.heads_by_tokens(k), partition.heads_by_tokens(v)
+
+
+def on_devices(mixer: "LizardMixer", *arrays: Array | None) -> Float[Array, "B T N H"]:
+    """``mixer.heads(*arrays)`` on the mesh of ``partition.over``: each device for its rows and its heads alone.
 
     Choosing pairs is a loop over a text; nothing of it may wait for a link.
     """
-    arrays, kv_heads = (log_gate, q, k, v, segment_ids, limits), k.shape[2]
     if partition.mesh() is None:
-        return mixer.heads(*arrays)
-    own = kv_heads // partition.head_parts(kv_heads)
-    graph, _ = _shapes(type(mixer), of_heads(mixer.config, own))
+        return mixer.heads(*arrays)  # type: ignore[arg-type]
+    heads, kv_heads = mixer.config.num_heads, mixer.config.kv_heads
+    graph, _ = _shapes(type(mixer), of_heads(mixer.config, kv_heads // partition.head_parts(kv_heads)))
     _, other = _shapes(type(mixer), of_heads(mixer.config, kv_heads + 1))
 
     def role(a: Any, b: Any) -> PartitionSpec:
@@ -111,5 +112,6 @@ def on_devices(
     state = nnx.state(mixer)
     roles = [None if a is None else one for one, a in zip((*(TOKENS,) * 4, BATCH, HEADS), arrays, strict=True)]
     parameters = jax.tree.map(role, state, other)
-    spread = partition.spread(run, (parameters, *roles), TOKENS, q.shape[0], (q.shape[2], kv_heads))
-    return spread(state, *arrays)
+    assert arrays[1] is not None
+    rows = arrays[1].shape[0]
+    return partition.spread(run, (parameters, *roles), TOKENS, rows, (heads, kv_heads))(state, *arrays)

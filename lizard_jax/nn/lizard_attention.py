@@ -15,7 +15,7 @@ from lizard_jax.config import ModelConfig
 from lizard_jax.nn.context import Context, LizardState, Near
 from lizard_jax.nn.feature_map import FeatureMap, slow_start
 from lizard_jax.nn.gate import Gate
-from lizard_jax.nn.head_sets import on_devices, repeated, with_repeats
+from lizard_jax.nn.head_sets import for_devices, on_devices, repeated, with_repeats
 from lizard_jax.nn.kept_attention import far_with_pairs, near_with_pairs
 from lizard_jax.nn.kept_pairs import Sizes, no_pairs
 from lizard_jax.nn.numerics import accumulation_dtype
@@ -105,13 +105,12 @@ class LizardMixer(nnx.Module):
         Args:
             limits: how many pairs each key head keeps, where some keep less than ``kept``.
         """
-        mixer, heads, kv_heads = self, q.shape[2], partition.spread_heads(k.shape[2])
-        if kv_heads > k.shape[2]:
-            mixer = with_repeats(self, kv_heads)
-            q, k, v = (repeated(a, kv_heads * a.shape[2] // k.shape[2], 2) for a in (q, k, v))
-            limits = None if limits is None else repeated(limits, kv_heads, 0)
+        mixer, heads, kv_heads = self, q.shape[2], k.shape[2]
+        q, k, v = for_devices(q, k, v)
+        if k.shape[2] > kv_heads:
+            mixer = with_repeats(self, k.shape[2])
+            limits = None if limits is None else repeated(limits, k.shape[2], 0)
         log_gate = None if mixer.gate is None else partition.heads_by_tokens(mixer.gate(x, k))
-        q, k, v = (partition.heads_by_tokens(a) for a in (q, k, v))
         out = on_devices(mixer, log_gate, q, k, v, segment_ids, limits)
         return partition.heads_by_tokens(out)[:, :, :heads]
 

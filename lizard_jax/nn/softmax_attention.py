@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from lizard_jax.config import ModelConfig
 from lizard_jax.errors import UserError
 from lizard_jax.nn.cache import KVCache
-from lizard_jax.nn.head_sets import repeated
+from lizard_jax.nn.head_sets import for_devices
 from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.nn.reuse import shared
 from lizard_jax.nn.rope import cos_sin, inverse_frequencies, rotate, segment_lengths, segment_positions, segment_starts
@@ -125,12 +125,10 @@ class SoftmaxMixer(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T N H"]:
-        heads, kv_heads = q.shape[2], partition.spread_heads(k.shape[2])
-        if kv_heads > k.shape[2]:
-            q, k, v = (repeated(a, kv_heads * a.shape[2] // k.shape[2], 2) for a in (q, k, v))
-        q, k, v = (partition.heads_by_tokens(a) for a in (q, k, v))
+        heads = q.shape[2]
+        q, k, v = for_devices(q, k, v)
         roles = (TOKENS, TOKENS, TOKENS, None if segment_ids is None else BATCH)
-        spread = partition.spread(self._heads, roles, TOKENS, q.shape[0], (q.shape[2], kv_heads))
+        spread = partition.spread(self._heads, roles, TOKENS, q.shape[0], (q.shape[2], k.shape[2]))
         return partition.heads_by_tokens(spread(q, k, v, segment_ids))[:, :, :heads]
 
     def _heads(

@@ -49,7 +49,7 @@ def _first_step(config, mesh, shape=MODEL):
 
 
 def test_first_step_in_fp32():
-    config = run_config(2, kl=0.0, remat=False)
+    config = run_config(2)
     one, loss = _first_step(config, mesh_of())
     many, loss_many = _first_step(config, mesh_of(fsdp=8))
     np.testing.assert_allclose(loss_many, loss, rtol=1e-5)
@@ -176,7 +176,7 @@ def _collectives(text: str) -> list[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("form", ["stage 1", "stage 2, KL in slices", "stage 2, texts split", "validation"])
+@pytest.mark.parametrize("form", ["stage 1", "stage 2", "stage 2, KL in slices", "stage 2, texts split", "validation"])
 def test_devices_exchange_weights_and_no_activations(form, monkeypatch):
     """On eight devices nothing of a whole batch's activations, of its MLP's width, or of logits goes over a link."""
     if "KL" in form:
