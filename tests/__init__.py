@@ -4,6 +4,7 @@ import atexit
 import importlib
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,11 +13,17 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # A third of the suite's time is LLVM's, on functions that run once. XLA's own passes stay as they are.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # The two workers, and the processes that tests start, compile much of the same; the first process of all cleans up.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lizard-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if "LIZARD_TESTS" not in os.environ:
+    # What the workers, and the processes that tests start, compile alike; the first process of all cleans up.
+    os.environ["LIZARD_TESTS"] = tempfile.mkdtemp(prefix="lizard-tests-")
+    atexit.register(shutil.rmtree, os.environ["LIZARD_TESTS"], ignore_errors=True)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["LIZARD_TESTS"], "xla")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+        # Two thirds of what it takes to start a process. Still nothing is written beside sources.
+        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = os.path.join(os.environ["LIZARD_TESTS"], "python")
+        sys.dont_write_bytecode = False
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
