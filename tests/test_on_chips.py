@@ -72,7 +72,7 @@ def test_a_training_step_on_four_tpus_has_the_kernels_in_it(stage, shape):
     with absent.compiling_for("tpu", "v5e", devices[0]) as platforms:
         compiled = step.trace(*arguments).lower(lowering_platforms=platforms).compile()
     calls = re.findall(r"%(\w+?)(?:\.\d+)* = [^\n]*custom_call_target=\"tpu_custom_call\"", compiled.as_text())
-    for kernel in ("log_gate_forward", "log_gate_states", "log_gate_backward", "window_forward"):
+    for kernel in ("log_gate_forward", "log_gate_states", "log_gate_backward", "window_forward", "splash_mha_fwd"):
         assert any(kernel in call for call in calls), calls
     # A window with real first tokens has nothing that stage 1 trains.
     assert any("window_backward" in call for call in calls) == (stage == 2)

@@ -13,7 +13,7 @@ from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.nn.reuse import shared
 from lizard_jax.nn.rope import cos_sin, inverse_frequencies, rotate, segment_lengths, segment_positions, segment_starts
 from lizard_jax.typing import Array, Float, Int
-from pallas_kernels import partition, target
+from pallas_kernels import flash, partition, target
 from pallas_kernels.partition import BATCH, TOKENS
 
 QUERY_BLOCK = 512
@@ -141,16 +141,27 @@ class SoftmaxMixer(nnx.Module):
         length = q.shape[1]
         index = jnp.arange(length, dtype=jnp.int32)[None]
         if segment_ids is None:
-            positions, first = index, jnp.zeros_like(index)
+            positions, starts = index, jnp.zeros_like(index)
             inv_freq = inverse_frequencies(self.rope, self.head_dim, length=length)
         else:
-            positions = segment_positions(segment_ids)
-            first = jnp.where(segment_ids == 0, index + 1, segment_starts(segment_ids))
+            positions, starts = segment_positions(segment_ids), segment_starts(segment_ids)
             inv_freq = inverse_frequencies(self.rope, self.head_dim, length=segment_lengths(segment_ids))
+        cos, sin = cos_sin(inv_freq, positions)
+        keys = rotate(k, cos, sin)
+        if flash.fits(q):
+            scale = self.head_dim**-0.5
+            queries = rotate(q, scale * cos, scale * sin)
+            if segment_ids is None:
+                return flash.causal_attention(queries, keys, v, window=self.window)
+            padding = segment_ids == 0
+            # By starts, for two runs of one id are two documents.
+            documents = jnp.where(padding, -1, starts)
+            heads = flash.causal_attention(queries, keys, v, documents, window=self.window)
+            return jnp.where(padding[..., None, None], 0, heads)
+        first = starts if segment_ids is None else jnp.where(segment_ids == 0, index + 1, starts)
         if self.window is not None:
             first = jnp.maximum(first, index - (self.window - 1))
-        cos, sin = cos_sin(inv_freq, positions)
-        return causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, first)
+        return causal_attention(rotate(q, cos, sin), keys, v, first)
 
     def init_state(self, batch: int, max_length: int | None, dtype: DTypeLike) -> KVCache:
         """An empty cache.

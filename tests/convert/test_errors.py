@@ -229,6 +229,7 @@ def test_the_source_must_be_the_models_own(llama, tmp_path):
 LIMITED = """
 import os, resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # what it compiles would be cut short, and not told
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 

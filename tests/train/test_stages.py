@@ -36,7 +36,8 @@ def make_batch() -> Batch:
 
 @pytest.fixture(scope="module")
 def model():
-    return build(CONFIG, rngs=nnx.Rngs(3))
+    """One linearized layer and one that keeps softmax."""
+    return build(dataclasses.replace(CONFIG, num_layers=2), rngs=nnx.Rngs(3))
 
 
 @pytest.mark.usefixtures("x64")

@@ -21,6 +21,7 @@ class SlowBatches(RandomBatches):
     def batch(self, step):
         time.sleep(self.seconds)
         if step == self.full_at:
+            sys.dont_write_bytecode = True  # what Python compiles would be cut short, and not told
             resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
         return super().batch(step)
 
