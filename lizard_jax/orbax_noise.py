@@ -5,6 +5,7 @@ import inspect
 import logging
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,8 +22,9 @@ def failing_quietly() -> Iterator[None]:
     """Around a read or write by Orbax that may fail.
 
     When one array fails, those still under way fail too or find their event loop closed, each in a thread of its own
-    and whenever it ends, which may be long after the failure was raised; asyncio logs some of them. They say nothing
-    new. So the hooks that ignore them stay after a failure; everything else goes on to the hooks there were.
+    and whenever it ends, which may be long after the failure was raised; asyncio logs some of them, and Python warns of
+    those that had not begun. They say nothing new. So what ignores them stays after a failure; everything else goes on
+    to the hooks there were.
     """
     usual = sys.unraisablehook, threading.excepthook
     sys.unraisablehook, threading.excepthook = (_without_echoes(hook) for hook in usual)
@@ -30,6 +32,7 @@ def failing_quietly() -> Iterator[None]:
         yield
     except BaseException:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
         raise
     sys.unraisablehook, threading.excepthook = usual
 

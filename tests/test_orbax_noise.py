@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,9 @@ def told(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", told.append)
     monkeypatch.setattr(threading, "excepthook", told.append)
     level = logging.getLogger("asyncio").level
-    yield told
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        yield told
     logging.getLogger("asyncio").setLevel(level)
 
 
@@ -30,6 +33,10 @@ def test_echoes_of_a_failure_are_not_told(told):
     waiting = waits()
     sys.unraisablehook(SimpleNamespace(object=waiting, exc_value=RuntimeError("Lock is not acquired.")))
     waiting.close()
+    waiting = waits()
+    with warnings.catch_warnings(record=True) as warned:
+        del waiting  # without having begun
+    assert not warned
     sys.unraisablehook(SimpleNamespace(object=None, exc_value=RuntimeError("Event loop is closed")))
     threading.excepthook(SimpleNamespace(exc_value=OSError("File too large")))
     assert told == []
