@@ -135,6 +135,8 @@ def _parts(text: str) -> tuple[dict[str, list[Operation]], str]:
     """The computations of a module by name, and the name of the first that runs."""
     found: dict[str, list[Operation]] = {}
     entry, here = "", ""
+    # What a Pallas kernel says of itself may stand in lines of its own, in the middle of an operation's.
+    text = re.sub(r"kernel_metadata=\{\n.*?\n\}", "kernel_metadata={}", text)
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         if not line.startswith(" "):
             head = _HEAD.match(line)
