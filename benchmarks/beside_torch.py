@@ -1,6 +1,6 @@
 """A forward pass of a softmax decoder, and a step of stage 1, beside torch's forward pass of the same checkpoint.
 
-    uv run benchmarks/smollm2.py /tmp/smollm2
+    uv run --extra gguf benchmarks/smollm2.py /tmp/smollm2
     uv run --group test python -m benchmarks.beside_torch /tmp/smollm2 [--dtype bfloat16]
 
 All on this machine's CPU with the threads that each library takes by itself, the calls in turns; hidden states alone,
