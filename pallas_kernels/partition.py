@@ -151,15 +151,13 @@ def spread(function: Callable, roles: tuple[Any, ...], results: Any, rows: int, 
         heads: sizes of the head axes. Where the mesh does not divide each, every device computes every head.
     """
     partition = _current.get()
-    if partition is None:
+    if partition is None or partition.mesh.size == 1:
         return function
     sizes = {"batch": [rows], "heads": heads}
     axes = {"batch": partition.batch, "heads": partition.inside}
     for role, names in axes.items():
         if any(size % partition.parts(names) for size in sizes[role]):
             axes[role] = ()
-    if all(partition.mesh.shape[name] == 1 for names in axes.values() for name in names):
-        return function
 
     def place(spec: PartitionSpec) -> PartitionSpec:
         return PartitionSpec(*(axes.get(role) or None for role in spec))

@@ -19,10 +19,12 @@ from lizard_jax.generate import decode
 from lizard_jax.generate.sampling import Sampling
 from lizard_jax.lora import add_lora
 from lizard_jax.models import build
+from lizard_jax.nn.softmax_attention import SoftmaxMixer
 from lizard_jax.plan import absent
 from lizard_jax.train import stages
 from lizard_jax.train.optim import Optimizer
 from lizard_jax.train.step import TrainState, train_step
+from pallas_kernels import partition
 
 TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 GPU = pytest.mark.skipif(
@@ -76,6 +78,25 @@ def test_a_training_step_on_four_tpus_has_the_kernels_in_it(stage, shape):
         assert any(kernel in call for call in calls), calls
     # A window with real first tokens has nothing that stage 1 trains.
     assert any("window_backward" in call for call in calls) == (stage == 2)
+
+
+@TPU
+def test_a_row_that_no_mesh_divides_is_computed_on_every_device():
+    """As key heads are chosen before a run, and one text is written: XLA splits no kernel, not even to repeat it."""
+    devices = tpu_slice("v5e")
+    mesh = Mesh(np.array(devices).reshape(1, 4, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
+    arrays = (
+        jax.ShapeDtypeStruct((1, T, *width), jnp.bfloat16, sharding=sharding.replicated(mesh))
+        for width in ((256,), (4, 64), (2, 64), (2, 64))
+    )
+    mixer = SoftmaxMixer(MODEL, 0)
+    with (
+        absent.compiling_for("tpu", "v5e", devices[0]) as platforms,
+        partition.over(sharding.kernel_partition(mesh)),
+    ):
+        traced = jax.jit(lambda x, q, k, v: mixer(x, q, k, v)).trace(*arrays)
+        compiled = traced.lower(lowering_platforms=platforms).compile()
+    assert "splash_mha_fwd" in compiled.as_text()
 
 
 @GPU

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
+from lizard_jax import sharding
 from lizard_jax.config import ModelConfig
 from lizard_jax.convert.files import read_json
 from lizard_jax.convert.hf_config import model_config
@@ -21,6 +22,7 @@ from lizard_jax.errors import UserError
 from lizard_jax.select.needles import make
 from lizard_jax.select.rank import retrieval_scores
 from lizard_jax.typing import Float
+from pallas_kernels import partition
 
 FORMAT = 1
 LENGTH, SAMPLES = 1024, 8
@@ -110,7 +112,8 @@ def automatic(source: Path, window: int, mesh: Mesh | None = None) -> Ranking:
     if length <= window:
         raise UserError(f"the teacher's context of {length} tokens is no longer than the window of {window}")
     texts, quiet = make(measure, length, SAMPLES, seed=0), None if jax.process_index() == 0 else True
-    with tqdm(total=SAMPLES, desc="choosing key heads", unit=" texts", disable=quiet, leave=False) as bar:
+    over = contextlib.nullcontext() if mesh is None else partition.over(sharding.kernel_partition(mesh))
+    with over, tqdm(total=SAMPLES, desc="choosing key heads", unit=" texts", disable=quiet, leave=False) as bar:
         return ranking("retrieval", retrieval_scores(model, texts, tick=bar.update))
 
 

@@ -41,6 +41,8 @@ def retrieval_scores(teacher: Llama, texts: Needles, *, tick: Tick = silent) -> 
         tick: called after each text with 1.
     """
     config = teacher.config
+    # A function of this call alone: JAX keeps what it traced by the function, and elsewhere the mesh is another.
+    looks = jax.jit(lambda *arrays, **kinds: _looks(*arrays, **kinds), static_argnames=("config", "layer"))
     total = np.zeros((config.num_layers, config.num_heads))
     for i in range(len(texts.tokens)):
         arrays = (jnp.asarray(a[i : i + 1]) for a in (texts.rows, texts.real, texts.hidden))
@@ -48,7 +50,7 @@ def retrieval_scores(teacher: Llama, texts: Needles, *, tick: Tick = silent) -> 
         x = teacher.embed(jnp.asarray(texts.tokens[i : i + 1]))
         found = []
         for layer, block in enumerate(teacher.layers):
-            seen, x = _looks(block, x, rows, real, hidden, config=config, layer=like(config, layer))
+            seen, x = looks(block, x, rows, real, hidden, config=config, layer=like(config, layer))
             found.append(seen)
         total += np.asarray(jnp.stack(found), np.float64)
         tick(1)
@@ -145,7 +147,6 @@ def like(config: ModelConfig, layer: int) -> int:
     return 0 if slides is None else next(i for i in range(layer + 1) if (i in slides) == (layer in slides))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "layer"))
 def _looks(
     block: Block,
     x: Float[Array, "B T D"],

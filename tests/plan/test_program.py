@@ -38,7 +38,7 @@ ENTRY %main (x: f32[64,128], w: bf16[128,128]) -> f32[64,128] {
   %x = f32[64,128]{1,0} parameter(0)
   %w = bf16[128,128]{1,0} parameter(1)
   %near = bf16[128,128]{1,0:S(1)} copy(%w)
-  %y = f32[64,128]{1,0} custom-call(%x, %near), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  %y = f32[64,128]{1,0} custom-call(%x, %near), frontend_attributes={kernel_metadata={
 "note":"{\\"block\\": 512}"
 }}, metadata={op_name="jit(step)/kernel"}
   %start = (s32[], f32[64,128]{1,0}, f32[1,128]{1,0}) tuple(%x, %x, %x)
