@@ -36,8 +36,7 @@ def make_batch() -> Batch:
 
 @pytest.fixture(scope="module")
 def model():
-    """One linearized layer and one that keeps softmax."""
-    return build(dataclasses.replace(CONFIG, num_layers=2), rngs=nnx.Rngs(3))
+    return build(CONFIG, rngs=nnx.Rngs(3))
 
 
 @pytest.mark.usefixtures("x64")
