@@ -6,7 +6,7 @@ memory, is ``sliding_window``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -67,10 +67,10 @@ def causal_attention(
         ),
     )  # fmt: skip
 
-    def row(q: Array, k: Array, v: Array, documents: Array | None) -> Array:
+    def row(q: Array, k: Array, v: Array, documents: Array | None) -> Any:
         segments = None if documents is None else splash.SegmentIds(documents, documents)
         return kernel(q, k, v, segment_ids=segments)
 
-    by_heads = (jnp.moveaxis(a, 2, 1) for a in (q, k, v))
-    y = jax.vmap(row, in_axes=(0, 0, 0, None if documents is None else 0))(*by_heads, documents)
+    q, k, v = (jnp.moveaxis(a, 2, 1) for a in (q, k, v))
+    y = jax.vmap(row, in_axes=(0, 0, 0, None if documents is None else 0))(q, k, v, documents)
     return jnp.moveaxis(y, 1, 2)
