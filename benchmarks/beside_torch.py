@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from benchmarks.timing import in_turns
 from lizard_jax.atomic import write_atomic
 from lizard_jax.cli import load_recipe
 from lizard_jax.convert.load import load_hf
@@ -30,17 +30,6 @@ from lizard_jax.program import ended
 from lizard_jax.train import stages
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, in turns, so that the machine's moods fall on all alike."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - start)
-    return times
 
 
 def measured(directory: Path, length: int, dtype: str, repeats: int) -> dict[str, object]:

@@ -10,8 +10,6 @@ Writes ``benchmarks/stage1.json``. The last block's MLP feeds nothing in stage 1
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.timing import in_turns
 from lizard_jax.config import LizardConfig, ModelConfig, RunConfig
 from lizard_jax.data.loader import Batch
 from lizard_jax.models import build
@@ -44,19 +43,6 @@ def batch_of(rows: int, length: int) -> Batch:
     return Batch(inputs=tokens, targets=tokens, segment_ids=ones, loss_mask=ones.astype(np.float32))
 
 
-def in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call, the calls taking turns so that the machine's moods fall on all alike."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - start)
-    return {name: float(np.median(values)) for name, values in times.items()}
-
-
 def step_against_forward(width: int, length: int, layers: int, repeats: int) -> dict[str, float]:
     """Seconds of the stage-1 gradients and of the teacher's forward, and their ratio."""
     model = build(decoder(width, layers, window=128), rngs=nnx.Rngs(0))
@@ -66,7 +52,10 @@ def step_against_forward(width: int, length: int, layers: int, repeats: int) -> 
     step = jax.jit(lambda model, batch: stages.loss_and_grads(run, model, batch), compiler_options=options)
     forward = jax.jit(lambda model, batch: model.hidden(batch.inputs))
     teacher = stages.teacher_of(model)
-    seconds = in_turns({"stage1_step": lambda: step(model, batch), "forward": lambda: forward(teacher, batch)}, repeats)
+    calls = {"stage1_step": lambda: step(model, batch), "forward": lambda: forward(teacher, batch)}
+    for call in calls.values():
+        jax.block_until_ready(call())
+    seconds = {name: float(np.median(times)) for name, times in in_turns(calls, repeats).items()}
     return seconds | {"ratio": seconds["stage1_step"] / seconds["forward"]}
 
 

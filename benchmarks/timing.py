@@ -80,3 +80,14 @@ def seconds_of(call: Call, wait: Callable[[Any], Any], times: int) -> float:
         result = call()
     wait(result)
     return (time.perf_counter() - start) / times
+
+
+def in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, in turns, so that the machine's moods fall on all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(time.perf_counter() - start)
+    return times
