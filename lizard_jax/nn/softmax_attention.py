@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from lizard_jax.config import ModelConfig
 from lizard_jax.errors import UserError
 from lizard_jax.nn.cache import KVCache
+from lizard_jax.nn.causal_blocks import BLOCK, blockwise_attention
 from lizard_jax.nn.head_sets import for_devices
 from lizard_jax.nn.numerics import accumulation_dtype
 from lizard_jax.nn.reuse import shared
@@ -19,10 +20,9 @@ from pallas_kernels.partition import BATCH, TOKENS
 QUERY_BLOCK = 512
 FEWEST_QUERIES = 16
 """Below this keys and values are read as they lie."""
-CAUSAL_PARTS = {"cpu": 8}
-"""A causal pass goes over this many parts of the queries (2 where nothing is said), each with the keys up to its end:
-9/16 of the work with 8, 3/4 with 2. Every part is compiled for itself, in every layer, and on an accelerator takes more
-compiling than it saves in a run."""
+CAUSAL_PARTS = 2
+"""On an accelerator a causal pass goes over this many parts of the queries, each with the keys up to its end: 3/4 of
+the work. Every part is compiled for itself, in every layer; more of them take more compiling than they save in a run."""
 
 
 def interval_attention(
@@ -88,8 +88,10 @@ def causal_attention(
     length = q.shape[1]
     index = jnp.arange(length, dtype=jnp.int32)[None]
     first = jnp.broadcast_to(first, q.shape[:2])
+    if target.current().platform == "cpu":
+        return interval_attention(q, k, v, first, index) if length <= BLOCK else blockwise_attention(q, k, v, first)
     # Parts of less than 128 queries are too thin for a matmul to gain by what they spare.
-    part = max(128, -(-length // CAUSAL_PARTS.get(target.current().platform, 2)))
+    part = max(128, -(-length // CAUSAL_PARTS))
     return jnp.concatenate(
         [
             interval_attention(q[:, start:end], k[:, :end], v[:, :end], first[:, start:end], index[:, start:end])

@@ -16,6 +16,9 @@ def matmul_flops(function: Callable[..., Any], *arguments: Any) -> int:
         function: traced as it is, on one device; a recomputation counts. What a kernel does is not seen, so trace for
             a target without kernels.
         arguments: arrays or shapes.
+
+    Raises:
+        ValueError: a matmul stands in a loop whose length the trace does not know.
     """
     return _of(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -32,6 +35,9 @@ def _of(jaxpr: Any) -> int:
             total += equation.params["length"] * _of(equation.params["jaxpr"].jaxpr)
         elif name == "cond":
             total += max(_of(branch.jaxpr) for branch in equation.params["branches"])
+        elif name == "while":
+            if any(map(_of, _inside(equation))):
+                raise ValueError("matmul_flops: a matmul in a loop of no fixed length cannot be counted")
         else:
             total += sum(_of(getattr(inner, "jaxpr", inner)) for inner in _inside(equation))
     return total

@@ -101,3 +101,11 @@ def test_matmuls_by_hand():
     assert matmul_flops(lambda a, bs: jax.lax.map(lambda b: a @ b, bs), a, turns) == 4 * one
     either = lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: 2 * (a @ b) + a @ b)  # noqa: E731
     assert matmul_flops(either, a, b) == 2 * one
+
+    square = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+
+    def unknown(a, b, count):
+        return jax.lax.fori_loop(0, count, lambda i, a: a @ b, a)
+
+    with pytest.raises(ValueError, match="no fixed length"):
+        matmul_flops(unknown, square, square, jax.ShapeDtypeStruct((), jnp.int32))
