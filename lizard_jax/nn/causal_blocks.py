@@ -86,8 +86,8 @@ blockwise_attention.defvjp(_forward, _backward)
 
 
 def _cut(q: Array, k: Array, v: Array, first: Array) -> tuple[int, Array, Array, Array, Array]:
-    """The block's size; scaled queries ``[blocks, B, K, G·block, H]``; keys and values ``[B, K, T, H]``, whole blocks of
-    them; and where each query's keys begin ``[blocks, B, block]``. Queries that were added see nothing."""
+    """The block's size; scaled queries ``[blocks, B, K, G·block, H]``; keys and values ``[B, K, T, H]``, filled up to
+    whole blocks; and where each query's keys begin ``[blocks, B, block]``. Queries that were added see nothing."""
     length, wide = q.shape[1], accumulation_dtype(q)
     block = min(BLOCK, length)
     extra = -length % block

@@ -22,7 +22,7 @@ FEWEST_QUERIES = 16
 """Below this keys and values are read as they lie."""
 CAUSAL_PARTS = 2
 """On an accelerator a causal pass goes over this many parts of the queries, each with the keys up to its end: 3/4 of
-the work. Every part is compiled for itself, in every layer; more of them take more compiling than they save in a run."""
+the work. Every part is compiled for itself, in every layer; more of them take more compiling than a run saves."""
 
 
 def interval_attention(

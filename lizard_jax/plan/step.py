@@ -121,8 +121,8 @@ def compiled(config: RunConfig, shape: ModelConfig, chip: Chip, mesh: Mesh) -> S
 
 
 def flops(config: RunConfig, shape: ModelConfig) -> int:
-    """FLOPs of a step's matmuls, over all devices; the linear branch's as its plain chunked form has them, the softmax's
-    over three quarters of all pairs of tokens."""
+    """FLOPs of a step's matmuls, over all devices: the linear branch's as its plain chunked form has them, those of
+    softmax over three quarters of all pairs of tokens."""
     state = state_of(config, shape)
 
     def run(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> Any:
