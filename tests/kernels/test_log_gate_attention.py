@@ -45,13 +45,15 @@ SHAPES = [
     Shape(2, 70, 4, 2, 4, 32, 16, act="softmax", X=32),
     Shape(1, 130, 4, 1, 1, 64, 32, act="exp", X=48),
 ]
-# An interpreter takes seconds a case: on a CPU kernels skip the largest shapes, which ``benchmarks.parity`` draws too.
-INTERPRETED = (1, 5, 9, 10) if jax.default_backend() == "cpu" else range(len(SHAPES))
+# Most of a case is compiling it. On a CPU plain JAX leaves out what differs in sizes alone, and kernels, which an
+# interpreter takes seconds for, the largest; ``benchmarks.parity`` draws all of them.
+ON_CPU = jax.default_backend() == "cpu"
+COMPILED = (0, 1, 2, 3, 5, 7, 9, 10) if ON_CPU else range(len(SHAPES))
+INTERPRETED = (1, 5, 9, 10) if ON_CPU else range(len(SHAPES))
 # What only plain JAX takes: odd widths, gates of one value per feature.
 ODD = [
     Shape(2, 33, 6, 2, 6, 24, 20, chunk=16, normalize=False),
     Shape(1, 20, 4, 2, 2, 6, 5, act="exp", X=7),
-    Shape(1, 3, 4, 2, 2, 16, 16, vector=True),
     Shape(1, 70, 4, 2, 4, 16, 16, chunk=32, vector=True),
     Shape(1, 20, 2, 1, 1, 16, 16, vector=True, normalize=False),
     Shape(1, 40, 4, 2, 4, 16, 16, chunk=32, vector=True, act="softmax", X=8),
@@ -67,12 +69,12 @@ def hold(implementation: str, shape: Shape, dtype: str, draws: int) -> None:
         assert not wrong, values
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[i] for i in COMPILED], ids=str)
 def test_parity_fp32(shape):
     hold("xla", shape, "float32", draws=4)
 
 
-@pytest.mark.parametrize("shape", [SHAPES[i] for i in (3, 4, 5, 9, 10)], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[i] for i in (3, 9, 10)], ids=str)
 def test_parity_bf16(shape):
     hold("xla", shape, "bfloat16", draws=3)
 
@@ -101,7 +103,7 @@ def test_parity_of_odd_shapes(shape):
     hold("xla", shape, "float32", draws=6)
 
 
-@pytest.mark.parametrize("shape", [SHAPES[3], ODD[0], ODD[3]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[3], ODD[0], ODD[2]], ids=str)
 def test_parity_fp64(shape):
     hold("xla", shape, "float64", draws=3)
 

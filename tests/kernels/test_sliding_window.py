@@ -36,8 +36,8 @@ SHAPES = [
     Shape(1, 530, 3, 1, 16, 20),
     Shape(2, 20, 1, 1, 256, 140),
 ]
-# An interpreter takes seconds a case: on a CPU kernels skip the largest shapes.
-INTERPRETED = (1, 3, 4, 5) if jax.default_backend() == "cpu" else range(len(SHAPES))
+# An interpreter takes seconds a case: on a CPU kernels skip the largest shapes, which ``benchmarks.parity`` draws.
+INTERPRETED = (1, 3, 5) if jax.default_backend() == "cpu" else range(len(SHAPES))
 # What only plain JAX takes: odd widths.
 ODD = [Shape(2, 33, 6, 2, 10, 5, learned=2, prefix=3), Shape(1, 100, 2, 1, 6, 40, rope=False)]
 
@@ -62,7 +62,7 @@ def test_parity_of_kernels_fp32(implementation, shape):
 
 
 @others
-@pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[4]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[3]], ids=str)
 def test_parity_bf16(implementation, shape):
     hold(implementation, shape, "bfloat16", kinds=("packed",))
 
