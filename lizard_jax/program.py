@@ -1,8 +1,9 @@
-"""What every command has in common: what it calls itself, and how it ends whatever happens to it."""
+"""What every command has in common: what it calls itself, what it need not load, and how it ends whatever happens."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from lizard_jax.accelerators import keep_compiled, startable
 from lizard_jax.errors import UserError
@@ -41,6 +42,19 @@ def ended(work: Callable[[], int], *, interrupted: str) -> int:
     except KeyboardInterrupt:
         return _failed(interrupted, 130)
     return code
+
+
+@contextlib.contextmanager
+def hidden(package: str) -> Iterator[None]:
+    """Imports inside find no such package, unless it is loaded already."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def _failed(line: str, code: int) -> int:

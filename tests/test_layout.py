@@ -41,6 +41,7 @@ ALLOWED: dict[str, list[str]] = {
         "atomic",
         "checksums",
         "select",
+        "program",
     ],
     "plan": [*MODEL, "losses", "lora", "convert", "data", "embedded", "cli", "select", "train"],
     "generate": [*MODEL, "convert", "data", "atomic"],

@@ -34,6 +34,20 @@ def test_help(argv, monkeypatch, capsys):
     assert all(f"\n  {name}" in printed for name in lizard.COMMANDS)
 
 
+def test_a_run_loads_no_torch():
+    """It takes seconds, and commands start often."""
+    code = """
+import sys
+import lizard_jax.train.__main__
+from lizard_jax.data.text import load_tokenizer
+from lizard_jax.embedded import teacher_path
+load_tokenizer(teacher_path())
+assert "torch" not in sys.modules
+import torch
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_errors(monkeypatch, capsys):
     assert call(monkeypatch, "trian") == 2
     assert capsys.readouterr().err == "error: no command trian; choose from train, convert, generate, select, eval\n"

@@ -59,7 +59,7 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises:
         UserError: no tokenizer there, or one that only exists as Python code.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     local = Path(path).expanduser()
     if not local.is_dir() and (local.is_absolute() or local.exists()):
@@ -73,6 +73,9 @@ def load_tokenizer(path: str | Path) -> Any:
         )
     try:
         if local.is_dir() and not (local / "tokenizer.json").is_file():
+            # It brings torch along where that is installed: seconds, for what a rare checkpoint needs.
+            from transformers import AutoTokenizer
+
             # A repository's own code is never run, whatever it answers for itself.
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         else:

@@ -9,11 +9,15 @@ from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboardX.summary import scalar
 
 from lizard_jax.atomic import write_atomic
+from lizard_jax.program import hidden
+
+# It would load torch where that is installed, for seconds, to know tensors when it sees them.
+with hidden("torch"):
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboardX.summary import scalar
 
 PLAIN_SECONDS = 10.0
 
