@@ -72,8 +72,9 @@ def _backward(saved: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array,
             d_values = _added(d_values, weights.swapaxes(-1, -2) @ gradient, j, block)
             return d_own + d_scores @ key, d_keys, d_values
 
-        d_own, *sums = jax.lax.fori_loop(_lowest(since, block), at + 1, meet, (jnp.zeros_like(own), *sums))
-        return tuple(sums), d_own
+        none = jnp.zeros_like(own)
+        d_own, d_keys, d_values = jax.lax.fori_loop(_lowest(since, block), at + 1, meet, (none, *sums))
+        return (d_keys, d_values), d_own
 
     parts = jnp.arange(queries.shape[0], dtype=jnp.int32), queries, starts, normalizers, gradients, shares
     (d_keys, d_values), d_queries = jax.lax.scan(attend, (jnp.zeros_like(keys), jnp.zeros_like(values)), parts)
