@@ -75,7 +75,7 @@ def measured(directory: Path, length: int, dtype: str, repeats: int) -> dict[str
     for call in calls.values():  # compiled, and read into memory
         jax.block_until_ready(call())
     # In bf16 thirty layers stray from float32 by percents, in either library: here by less than twice what it is there.
-    wide = np.asarray(jax.jit(lambda model, ids: model.hidden(ids))(load_hf(directory, dtype="float32"), tokens))
+    wide = np.asarray(forward(load_hf(directory, dtype="float32"), tokens))
     ours, other = relative(np.asarray(forward(teacher, tokens), np.float32), wide), relative(by_torch(), wide)
     if not (ours < 2 * other if dtype == "bfloat16" else other < 1e-4):
         raise UserError(f"torch computes something else: {other:.1e} from float32, and here {ours:.1e}")
