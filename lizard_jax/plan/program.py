@@ -2,7 +2,8 @@
 
 A loop's body counts as often as it runs. Every operation reads its operands and writes its results once; of an array
 that it only cuts a piece from or writes one into, that piece counts. On TPUs what lies in VMEM counts when it is copied
-there, and not when it is used.
+there, and not when it is used. What is sent meanwhile counts once: a TPU's compiler lays pieces of a collective into
+other operations, and into loops, that run while it is under way; all of them bear its channel.
 """
 
 from __future__ import annotations
@@ -76,17 +77,18 @@ def moved(text: str, devices: int) -> Moved:
         devices: of the mesh that it is compiled for.
     """
     parts, entry = _parts(text)
-    links: defaultdict[str, float] = defaultdict(float)
-    results: defaultdict[str, float] = defaultdict(float)
+    # By channel and by operation that bears it: how often it runs, its kind, what it sends, the size of its result.
+    sending: defaultdict[str, dict[str, tuple[float, str, float, int]]] = defaultdict(dict)
 
     def run(name: str, times: float) -> float:
-        """The bytes of memory that a computation moves; what it sends is added up on the way."""
-        total, seen = 0.0, set()
+        """The bytes of memory that a computation moves; what it sends is noted on the way."""
+        total = 0.0
         shapes = {one.name: one.shape for one in parts[name]}
         for one in parts[name]:
             called = one.called
             if one.kind == "while":
-                total += run(called["body"], times * _trips(parts, called["condition"]))
+                turns = _trips(parts, one)
+                total += turns * run(called["body"], times * turns)
             elif one.kind == "conditional":
                 branches = re.findall(r"branch_computations=\{(.*?)\}", one.rest)
                 names = re.findall(r"[\w.-]+", branches[0].replace("%", "")) if branches else re.findall(
@@ -99,16 +101,22 @@ def moved(text: str, devices: int) -> Moved:
                 inside = [one] if one.kind != "fusion" else parts.get(called.get("calls", ""), [])
                 for each in inside:
                     kind, channel = each.kind.removesuffix("-start"), re.search(r"channel_id=(\d+)", each.rest)
-                    if kind in COLLECTIVES and (channel is None or channel[1] not in seen):
-                        seen.add(channel[1] if channel else "")
+                    if kind in COLLECTIVES:
                         scatters = kind == "all-reduce" and "all-reduce-scatter" in called.get("calls", "")
                         sent, result = _sent("reduce-scatter of all" if scatters else kind, each, devices)
-                        links[kind] += times * sent
-                        results[kind] += times * result
-                total += times * _touched(one, shapes, parts.get(called.get("calls", ""), []))
+                        bearers = sending[channel[1] if channel else each.name]
+                        before = bearers[each.name][0] if each.name in bearers else 0.0
+                        bearers[each.name] = (before + times, kind, sent, result)
+                total += _touched(one, shapes, parts.get(called.get("calls", ""), []))
         return total
 
     memory = run(entry, 1.0)
+    links: defaultdict[str, float] = defaultdict(float)
+    results: defaultdict[str, float] = defaultdict(float)
+    for bearers in sending.values():
+        times, kind, sent, result = min(bearers.values())
+        links[kind] += times * sent
+        results[kind] += times * result
     return Moved(memory, dict(links), dict(results))
 
 
@@ -121,7 +129,7 @@ def launches(text: str) -> int:
         for one in parts[name]:
             called = one.called
             if one.kind == "while":
-                total += run(called["body"]) * _trips(parts, called["condition"])
+                total += run(called["body"]) * _trips(parts, one)
             elif one.kind in ("call", "async-start") and (inner := called.get("to_apply") or called.get("calls")):
                 total += run(inner)
             elif one.kind not in _FREE and not one.kind.endswith("-done"):
@@ -151,17 +159,41 @@ def _parts(text: str) -> tuple[dict[str, list[Operation]], str]:
     return found, entry
 
 
-def _trips(parts: dict[str, list[Operation]], condition: str) -> int:
-    """How often a loop runs: the constant that its counter is compared with."""
-    lines = [*parts.get(condition, [])]
+def _trips(parts: dict[str, list[Operation]], loop: Operation) -> int:
+    """How often a loop runs: as its compiler says, or the constant that its counter is compared with over its step."""
+    if known := re.search(r"known_trip_count\W+n\W+(\d+)", loop.rest):
+        return int(known[1])
+    condition = _inlined(parts, loop.called["condition"])
+    constants = [value for one in condition if (value := _integer(one)) is not None]
+    counters = [int(index[1]) for one in condition if (index := re.search(r"index=(\d+)", one.rest))]
+    step = _step(_inlined(parts, loop.called["body"]), counters[0]) if counters else 1
+    return max(1, math.ceil(max(constants, default=1) / step))
+
+
+def _inlined(parts: dict[str, list[Operation]], name: str) -> list[Operation]:
+    """The operations of a computation, and after them those of its fusions."""
+    lines = [*parts.get(name, [])]
     for one in lines:
-        if one.kind == "fusion" and (called := re.search(r"calls=%?([\w.-]+)", one.rest)):
-            lines += parts.get(called[1], [])
-    constants = [
-        int(value[1]) for one in lines
-        if one.kind == "constant" and (value := re.search(r"= [su]\d+\[\]\S* constant\((\d+)\)", one.text))
-    ]  # fmt: skip
-    return max(constants, default=1)
+        if one.kind == "fusion":
+            lines += parts.get(one.called.get("calls", ""), [])
+    return lines
+
+
+def _integer(one: Operation) -> int | None:
+    """The value of a constant, where it is one number."""
+    value = re.search(r"= [su]\d+\[\]\S* constant\((\d+)\)", one.text) if one.kind == "constant" else None
+    return int(value[1]) if value else None
+
+
+def _step(body: list[Operation], index: int) -> int:
+    """What a loop's body adds to the counter that lies there in its state: 2 where the compiler made two turns one."""
+    by_name = {one.name: one for one in body}
+    [root, *_] = [one for one in body if one.root] or [None]
+    turn = by_name.get(root.operands[index]) if root is not None and root.kind == "tuple" else None
+    if turn is None or turn.kind != "add":
+        return 1
+    values = [_integer(by_name[name]) for name in turn.operands if name in by_name]
+    return next((value for value in values if value), 1)
 
 
 def _touched(one: Operation, shapes: dict[str, str], inside: list[Operation]) -> int:
