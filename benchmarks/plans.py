@@ -51,9 +51,9 @@ def tables(recipe: str, rows: dict[str, dict[str, Any]]) -> str:
     lines = [
         f"`{recipe}`, a step of {next(iter(rows.values()))['rows']} x 2,048 tokens, FSDP over all devices. GiB of a "
         "device; milliseconds of a step at the chip's peaks for matmuls, its own memory and its links, and from all of "
-        "these overlapping to none; device-hours of the recipe's 20 M tokens.", "",
-        "| stage, target | weights | all | TFLOP | compute | memory | links | step | device-hours |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "these overlapping to none; device-hours of the recipe's 20 M tokens; seconds of a processor to compile.", "",
+        "| stage, target | weights | all | TFLOP | compute | memory | links | step | device-hours | compiling |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for name, one in rows.items():
         weights = (one["parts"]["frozen"] + one["parts"]["trained"]) / 2**30
@@ -61,7 +61,8 @@ def tables(recipe: str, rows: dict[str, dict[str, Any]]) -> str:
         low, high = one["hours"]
         lines.append(
             f"| {name} | {weights:.2f} | {one['total'] / 2**30:.2f} | {one['flops'] / 1e12:,.0f} | {times} | "
-            f"{1e3 * one['least']:.0f}–{1e3 * one['most']:.0f} | {low:.1f}–{high:.1f} |"
+            f"{1e3 * one['least']:.0f}–{1e3 * one['most']:.0f} | {low:.1f}–{high:.1f} | "
+            f"{one['compiling']:.0f} |"
         )
     kinds = sorted({kind for one in rows.values() for kind, size in one["kinds"].items() if size > 2**20})
     lines += ["", "GiB of collectives' results in a step, on one device:", "", "| | " + " | ".join(kinds) + " |"]

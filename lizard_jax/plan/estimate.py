@@ -57,6 +57,7 @@ class Plan:
         memory, links: bytes that a step moves.
         kinds: bytes of results of its collectives, by kind.
         compute, reading, sending: seconds that the chip cannot beat for each.
+        compiling: seconds of this machine's processor for its first step, of all threads.
     """
 
     mesh: tuple[int, ...]
@@ -71,6 +72,7 @@ class Plan:
     compute: float
     reading: float
     sending: float
+    compiling: float
 
     @property
     def total(self) -> float:
@@ -231,6 +233,7 @@ def plan(config: RunConfig, shape: ModelConfig, where: Machines, mesh: Mesh, dep
         compute=total / where.devices / chip.flops,
         reading=memory / chip.bandwidth,
         sending=links / (chip.link if within else chip.beyond),
+        compiling=max(of("compiling"), *(step.compiling for step in steps)),
     )
 
 

@@ -116,6 +116,11 @@ def _named(found: Plan) -> tuple[int, ...]:
     return found.mesh if found.mesh[-1] > 1 else found.mesh[:-1]
 
 
+def minutes(seconds: float) -> str:
+    """A time as one says it."""
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+
+
 def words(config: RunConfig, shape: ModelConfig, where: Machines, best: Plan, price: float | None) -> list[str]:
     """What the best row means for the run."""
     rows, time, steps = config.data.batch_size, config.data.sequence_length, total_steps(config)
@@ -139,7 +144,7 @@ def words(config: RunConfig, shape: ModelConfig, where: Machines, best: Plan, pr
     kept = f"{assumed}{shape.attention.kept} kept pairs for every other" if shape.attention is not None else ""
     out.append(
         "Bounds at the chip's peaks, which real programs stay below: from all three overlapping to none of them. "
-        f"From the program compiled at few layers{f'; assumed: {kept}' if kept else ''}. Validations, compiling and "
-        "checkpoints come on top."
+        f"From the program compiled at few layers{f'; assumed: {kept}' if kept else ''}. Validations, checkpoints and "
+        f"compiling come on top: the step once, {minutes(best.compiling)} of a processor such as this one's."
     )
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -58,11 +59,13 @@ class Step:
     Attributes:
         temporaries, code: bytes that it needs beside ``Parts``.
         moved: what it moves.
+        compiling: seconds of the processor that tracing, lowering and compiling it took, of all threads.
     """
 
     temporaries: int
     code: int
     moved: Moved
+    compiling: float
 
 
 def state_of(config: RunConfig, shape: ModelConfig) -> TrainState:
@@ -109,15 +112,17 @@ def compiled(config: RunConfig, shape: ModelConfig, chip: Chip, mesh: Mesh) -> S
     """The step of a run, compiled for a mesh of a chip's devices."""
     optimizer, state = Optimizer(config.optim, 10), state_of(config, shape)
     device = mesh.devices.flat[0]
+    began = time.process_time()
     with absent.compiling_for(chip.platform, chip.target, device) as platforms, _quiet():
         step: Any = train_step(config, optimizer, state, mesh)
         traced = step.trace(state.trainable, state.optimizer, state.frozen, batch_of(config))
         program = traced.lower(lowering_platforms=platforms).compile()
+    compiling = time.process_time() - began
     memory = program.memory_analysis()
     assert memory is not None
     temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     text = program.as_text() or ""
-    return Step(temporaries, memory.generated_code_size_in_bytes, moved(text, mesh.devices.size))
+    return Step(temporaries, memory.generated_code_size_in_bytes, moved(text, mesh.devices.size), compiling)
 
 
 def flops(config: RunConfig, shape: ModelConfig) -> int:

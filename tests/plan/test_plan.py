@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 
 import jax
 import pytest
@@ -89,6 +90,7 @@ def test_a_deep_model_is_planned_from_shallow_ones():
     assert planned.temporaries == pytest.approx(real.temporaries, rel=0.25)
     assert planned.compute == pytest.approx(planned.flops / 4 / 197e12)
     assert 0 < planned.least <= planned.most
+    assert planned.compiling > 0
 
 
 @needs_tpu
@@ -101,6 +103,7 @@ def test_the_command_says_what_fits_and_what_it_costs(capsys):
     assert "best: --mesh-data=1 --mesh-fsdp=4 --mesh-tensor=1 --batch-size=4" in printed
     assert "100 steps" in printed
     assert "at 1.2 USD a device-hour" in printed
+    assert re.search(r"compiling come on top: the step once, \d+ (seconds|minutes) of a processor", printed)
 
 
 @pytest.mark.parametrize(
