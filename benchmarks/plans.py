@@ -5,7 +5,8 @@
 Both stages on the mesh of the recipe (FSDP over all devices), as ``train.py --plan`` has them: memory of a device, work
 of a step, what it moves, and the time that its chip cannot beat; then the bytes of every kind of collective's results
 in a step on one device. Nothing has run on any of these machines. Rows that lie in the table are not made again. Writes
-``benchmarks/plans.json`` and ``.md``; about a minute a row for GPUs and three for TPUs on two cores.
+``benchmarks/plans.json`` and ``.md``; two to four minutes a row for GPUs and four to ten for TPUs on two cores. Seconds
+of compiling are continued from two depths like all else, so what disturbs the machine meanwhile counts fifteenfold.
 """
 
 from __future__ import annotations

@@ -145,6 +145,6 @@ def words(config: RunConfig, shape: ModelConfig, where: Machines, best: Plan, pr
     out.append(
         "Bounds at the chip's peaks, which real programs stay below: from all three overlapping to none of them. "
         f"From the program compiled at few layers{f'; assumed: {kept}' if kept else ''}. Validations, checkpoints and "
-        f"compiling come on top: the step once, {minutes(best.compiling)} of a processor such as this one's."
+        f"compiling come on top: the step once, roughly {minutes(best.compiling)} of a processor such as this one's."
     )
     return out
