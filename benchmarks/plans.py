@@ -62,8 +62,7 @@ def tables(recipe: str, rows: dict[str, dict[str, Any]]) -> str:
         low, high = one["hours"]
         lines.append(
             f"| {name} | {weights:.2f} | {one['total'] / 2**30:.2f} | {one['flops'] / 1e12:,.0f} | {times} | "
-            f"{1e3 * one['least']:.0f}–{1e3 * one['most']:.0f} | {low:.1f}–{high:.1f} | "
-            f"{one['compiling']:.0f} |"
+            f"{1e3 * one['least']:.0f}–{1e3 * one['most']:.0f} | {low:.1f}–{high:.1f} | {one['compiling']:.0f} |"
         )
     kinds = sorted({kind for one in rows.values() for kind, size in one["kinds"].items() if size > 2**20})
     lines += ["", "GiB of collectives' results in a step, on one device:", "", "| | " + " | ".join(kinds) + " |"]
