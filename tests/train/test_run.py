@@ -401,7 +401,7 @@ def test_two_processes_make_the_same_run(line, tmp_path, x64):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = "--xla_force_host_platform_device_count=1"
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     both = os.environ | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": flags}
     own = ["--stage=1", *line, "--dtype=float64", "--out"]
     processes = [
