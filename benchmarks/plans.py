@@ -43,6 +43,7 @@ def row(recipe: str, stage: int, target: str) -> dict[str, Any]:
     out = dataclasses.asdict(found) | {"total": found.total, "least": found.least, "most": found.most}
     out["rows"], out["hours"] = settled.data.batch_size, hours(settled, found, where.devices)
     out["forward_passes"] = forward_passes(settled, shape, found)
+    out["compiling"] += out.pop("tracing")
     out["seconds"] = round(time.perf_counter() - start)
     return out
 

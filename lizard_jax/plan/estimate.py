@@ -57,7 +57,9 @@ class Plan:
         memory, links: bytes that a step moves.
         kinds: bytes of results of its collectives, by kind.
         compute, reading, sending: seconds that the chip cannot beat for each.
-        compiling: seconds of this machine's processor for its first step, of all threads.
+        tracing: seconds of this machine's processor before its first step's program is there, of all threads.
+        compiling: seconds of it to compile the program, where none is kept.
+        depths: layers of what was compiled; two where the model's are continued from them.
     """
 
     mesh: tuple[int, ...]
@@ -72,7 +74,9 @@ class Plan:
     compute: float
     reading: float
     sending: float
+    tracing: float
     compiling: float
+    depths: tuple[int, ...]
 
     @property
     def total(self) -> float:
@@ -233,7 +237,9 @@ def plan(config: RunConfig, shape: ModelConfig, where: Machines, mesh: Mesh, dep
         compute=total / where.devices / chip.flops,
         reading=memory / chip.bandwidth,
         sending=links / (chip.link if within else chip.beyond),
+        tracing=max(of("tracing"), *(step.tracing for step in steps)),
         compiling=max(of("compiling"), *(step.compiling for step in steps)),
+        depths=depths,
     )
 
 

@@ -142,9 +142,11 @@ def words(config: RunConfig, shape: ModelConfig, where: Machines, best: Plan, pr
     exact = len(shape.attention.softmax_heads) if shape.attention is not None else 0
     assumed = f"{exact // shape.num_layers} exact key heads a layer, " if exact else ""
     kept = f"{assumed}{shape.attention.kept} kept pairs for every other" if shape.attention is not None else ""
+    depth = " and ".join(map(str, best.depths)) + " layers" if len(best.depths) > 1 else "its whole depth"
     out.append(
         "Bounds at the chip's peaks, which real programs stay below: from all three overlapping to none of them. "
-        f"From the program compiled at few layers{f'; assumed: {kept}' if kept else ''}. Validations, checkpoints and "
-        f"compiling come on top: the step once, roughly {minutes(best.compiling)} of a processor such as this one's."
+        f"From the program compiled at {depth}{f'; assumed: {kept}' if kept else ''}. Validations, checkpoints and "
+        f"compiling come on top: the step once, roughly {minutes(best.tracing + best.compiling)} of a processor such "
+        f"as this one's; {minutes(best.tracing)} of them again whenever the run starts."
     )
     return out

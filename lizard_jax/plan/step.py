@@ -59,12 +59,14 @@ class Step:
     Attributes:
         temporaries, code: bytes that it needs beside ``Parts``.
         moved: what it moves.
-        compiling: seconds of the processor that tracing, lowering and compiling it took, of all threads.
+        tracing: seconds of the processor until there was a program to compile, of all threads.
+        compiling: seconds of the processor that compiling it took: what a kept program saves.
     """
 
     temporaries: int
     code: int
     moved: Moved
+    tracing: float
     compiling: float
 
 
@@ -116,13 +118,16 @@ def compiled(config: RunConfig, shape: ModelConfig, chip: Chip, mesh: Mesh) -> S
     with absent.compiling_for(chip.platform, chip.target, device) as platforms, _quiet():
         step: Any = train_step(config, optimizer, state, mesh)
         traced = step.trace(state.trainable, state.optimizer, state.frozen, batch_of(config))
-        program = traced.lower(lowering_platforms=platforms).compile()
-    compiling = time.process_time() - began
+        lowered = traced.lower(lowering_platforms=platforms)
+        between = time.process_time()
+        program = lowered.compile()
+    tracing, compiling = between - began, time.process_time() - between
     memory = program.memory_analysis()
     assert memory is not None
     temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     text = program.as_text() or ""
-    return Step(temporaries, memory.generated_code_size_in_bytes, moved(text, mesh.devices.size), compiling)
+    found = moved(text, mesh.devices.size)
+    return Step(temporaries, memory.generated_code_size_in_bytes, found, tracing, compiling)
 
 
 def flops(config: RunConfig, shape: ModelConfig) -> int:

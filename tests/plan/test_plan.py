@@ -90,6 +90,7 @@ def test_a_deep_model_is_planned_from_shallow_ones():
     assert planned.temporaries == pytest.approx(real.temporaries, rel=0.25)
     assert planned.compute == pytest.approx(planned.flops / 4 / 197e12)
     assert 0 < planned.least <= planned.most
+    assert planned.tracing > 0
     assert planned.compiling > 0
 
 
@@ -103,7 +104,10 @@ def test_the_command_says_what_fits_and_what_it_costs(capsys):
     assert "best: --mesh-data=1 --mesh-fsdp=4 --mesh-tensor=1 --batch-size=4" in printed
     assert "100 steps" in printed
     assert "at 1.2 USD a device-hour" in printed
-    assert re.search(r"compiling come on top: the step once, roughly \d+ (seconds|minutes) of a processor", printed)
+    assert "From the program compiled at 1 and 2 layers" in printed
+    time = r"\d+ (seconds|minutes)"
+    assert re.search(f"compiling come on top: the step once, roughly {time} of a processor", printed)
+    assert re.search(f"; {time} of them again whenever the run starts", printed)
 
 
 @pytest.mark.parametrize(
