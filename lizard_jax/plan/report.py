@@ -67,6 +67,11 @@ def show(
     except CannotCompile as error:
         raise UserError(f"{error}; uv run --group test train.py --plan … brings it") from None
     console.print(table(config, target, where, shape, [each for _, each in found]))
+    if len(continued := found[0][1].depths) > 1:
+        console.print(
+            f"Temporary memory is continued from {continued[0]} and {continued[1]} layers: the whole program can take "
+            f"half or twice as much; --plan-layers {shape.num_layers} compiles it."
+        )
     fitting = [(settled, each) for settled, each in found if each.total <= ROOM * where.chip.memory]
     if not fitting:
         console.print(

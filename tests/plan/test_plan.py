@@ -105,6 +105,7 @@ def test_the_command_says_what_fits_and_what_it_costs(capsys):
     assert "100 steps" in printed
     assert "at 1.2 USD a device-hour" in printed
     assert "From the program compiled at 1 and 2 layers" in printed
+    assert "--plan-layers 6 compiles it" in printed
     time = r"\d+ (seconds|minutes)"
     assert re.search(f"compiling come on top: the step once, roughly {time} of a processor", printed)
     assert re.search(f"; {time} of them again whenever the run starts", printed)
