@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +75,29 @@ def tables(recipe: str, rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def filled(
+    rows: dict[str, dict[str, Any]], wanted: dict[str, Callable[[], dict[str, Any]]]
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """The rows, in order, each time that one of those wanted was missing and is made."""
+    for name, make in tqdm(wanted.items(), unit="row", disable=None):
+        if name not in rows:
+            rows = dict(sorted((rows | {name: make()}).items()))
+            yield rows
+
+
 def run(args: argparse.Namespace) -> int:
     """The work of ``main``."""
     file = args.table.with_suffix(".json")
     old = json.loads(file.read_text()) if file.is_file() else {}
     rows: dict[str, dict[str, Any]] = old["rows"] if old.get("recipe") == args.recipe else {}
-    wanted = [(stage, target) for stage in (1, 2) for target in args.targets]
-    for stage, target in tqdm(wanted, unit="row", disable=None):
-        name = f"{stage}, {target}"
-        if name not in rows:
-            rows[name] = row(args.recipe, stage, target)
-            rows = dict(sorted(rows.items()))
-            write_atomic(file, json.dumps({"recipe": args.recipe, "rows": rows}, indent=1) + "\n")
+    wanted = {
+        f"{stage}, {target}": functools.partial(row, args.recipe, stage, target)
+        for stage in (1, 2)
+        for target in args.targets
+    }
+    for done in filled(rows, wanted):
+        rows = done
+        write_atomic(file, json.dumps({"recipe": args.recipe, "rows": rows}, indent=1) + "\n")
     text = tables(args.recipe, rows)
     write_atomic(args.table.with_suffix(".md"), text)
     print(text)

@@ -12,15 +12,15 @@ two cores, and up to an hour for TPUs.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
-from benchmarks.plans import GIVEN, ROOT
+from benchmarks.plans import GIVEN, ROOT, filled
 from lizard_jax.atomic import write_atomic
 from lizard_jax.cli import load_recipe
 from lizard_jax.plan.estimate import DEPTHS, Plan, likely, machines, plan, variants
@@ -70,13 +70,14 @@ def run(args: argparse.Namespace) -> int:
     """The work of ``main``."""
     file = args.table.with_suffix(".json")
     rows: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
-    wanted = [(stage, target) for stage in args.stages for target in args.targets]
-    for stage, target in tqdm(wanted, unit="row", disable=None):
-        name = f"{args.recipe}, {stage}, {target}"
-        if name not in rows:
-            rows[name] = row(args.recipe, stage, target)
-            rows = dict(sorted(rows.items()))
-            write_atomic(file, json.dumps(rows, indent=1) + "\n")
+    wanted = {
+        f"{args.recipe}, {stage}, {target}": functools.partial(row, args.recipe, stage, target)
+        for stage in args.stages
+        for target in args.targets
+    }
+    for done in filled(rows, wanted):
+        rows = done
+        write_atomic(file, json.dumps(rows, indent=1) + "\n")
     text = tables(rows)
     write_atomic(args.table.with_suffix(".md"), text)
     print(text)
