@@ -1,5 +1,6 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, also where the power fails."""
 
+import errno
 import math
 import os
 import tempfile
@@ -28,12 +29,34 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
+        sync(path.parent)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None:
             # A full disk is noticed where no name is at hand.
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a directory's names, to the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no such thing for directories
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(directory: Path) -> None:
+    """Bring all that lies in a directory to the disk itself, and then its own name."""
+    for folder, _, files in directory.walk(top_down=False):
+        for name in files:
+            sync(folder / name)
+        sync(folder)
+    sync(directory.parent)
 
 
 def finite(tree: Any) -> Any:

@@ -26,7 +26,7 @@ ALLOWED: dict[str, list[str]] = {
     "losses": MODEL,
     "embedded": BASE,
     "data": [*BASE, "embedded"],
-    "convert": [*MODEL, "lora", "embedded", "orbax_noise", "checksums"],
+    "convert": [*MODEL, "lora", "embedded", "orbax_noise", "checksums", "atomic"],
     "cli": [*BASE, "configs", "embedded", "program"],
     "select": [*MODEL, "losses", "convert", "data", "embedded", "atomic", "program"],
     "train": [

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lizard_jax import orbax_noise
+from lizard_jax.atomic import sync, sync_tree
 from lizard_jax.embedded import teacher_path
 from lizard_jax.errors import UserError, disk_full
 
@@ -168,7 +169,9 @@ def appearing(target: str | Path, *, size: int = 0) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         staging.chmod(0o755)
         yield staging
+        sync_tree(staging)
         staging.replace(path)
+        sync(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error
     finally:

@@ -1,9 +1,14 @@
 """Checkpoints of a stage: the parts that are not the teacher's, its optimizer, and what they belong to.
 
 ``STAGE/run.json`` says which settings, teacher and data the checkpoints belong to. ``STAGE/checkpoints/STEP`` are the
-latest few, with optimizer state; ``STAGE/best/STEP`` is the one that validation found best, parameters only. Orbax
-writes each beside its place and renames it, so a checkpoint that exists is whole. ``STAGE/sums`` has the checksums of
-each: one that disk or network has damaged since is told, moved to ``STAGE/damaged``, and the one before it is used.
+latest few, with optimizer state; ``STAGE/best/STEP`` is the one that validation found best, parameters only.
+``STAGE/sums`` has the checksums of each: one that disk or network has damaged since is told, moved to
+``STAGE/damaged``, and the one before it is used.
+
+Orbax writes each beside its place and renames it, but does not bring all of it to the disk itself, and a power failure
+may leave a name without its content. So a checkpoint counts from when its checksums are there, which is after all of it
+is on the disk; before that, and while one is removed, they are an empty object (``UNFINISHED``). An older checkpoint is
+removed after a newer one counts.
 """
 
 import contextlib
@@ -23,10 +28,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lizard_jax import orbax_noise, sharding
-from lizard_jax.atomic import write_atomic
+from lizard_jax.atomic import sync, sync_tree, write_atomic
 from lizard_jax.checksums import difference, sums
 from lizard_jax.errors import UserError, disk_full
 from lizard_jax.nn.params import LoraParam, NewParam
+
+KEPT = {"checkpoints": 2, "best": 1}
+"""Kinds of checkpoints, and how many of each stay."""
+UNFINISHED = "{}\n"
+"""Checksums of a checkpoint that is being saved or removed."""
 
 
 def kept(trainable: Any) -> Any:
@@ -51,15 +61,17 @@ class Checkpoints:
         UserError: from ``save`` and ``save_best``, when the disk is full; what was saved before is intact.
     """
 
-    def __init__(self, stage_dir: Path, keep: int = 2) -> None:
+    def __init__(self, stage_dir: Path) -> None:
         orbax_noise.quiet()
         self._dir = stage_dir
-        self._latest = _manager(stage_dir / "checkpoints", keep)
-        self._best = _manager(stage_dir / "best", 1)
+        self._latest = _manager(stage_dir / "checkpoints")
+        self._best = _manager(stage_dir / "best")
         # The first process looks at the files for all.
         if jax.process_index() == 0:
-            for kind in ("checkpoints", "best"):
+            for kind in KEPT:
+                _remove_unfinished(stage_dir, kind)
                 _set_damaged_aside(stage_dir, kind)
+                _thin(stage_dir, kind)
         multihost_utils.sync_global_devices("checkpoints were looked through")
         self._latest.reload()
         self._best.reload()
@@ -113,29 +125,27 @@ class Checkpoints:
         # Asked first, because Orbax's other writes go on after one has failed.
         if shutil.disk_usage(manager.directory).free < bytes_needed(items.values()):
             raise full_disk(self._dir, self.latest_step())
+        kind, first = Path(manager.directory).name, jax.process_index() == 0
         try:
-            self._seal(manager)  # what lies there of another checkpoint of this step's number is forgotten
+            if first:
+                _mark_unfinished(self._dir, kind, step)
             with orbax_noise.failing_quietly():
                 manager.save(step, args=ocp.args.Composite(**items))
-            self._seal(manager, step)
+            if first:
+                saved = self._dir / kind / str(step)
+                sync_tree(saved)
+                write_atomic(_sums_file(self._dir, kind, step), json.dumps(sums(saved), indent=1) + "\n")
         except Exception as error:
-            _remove_unfinished(Path(manager.directory))
+            _remove_partial(Path(manager.directory))
+            if first:
+                _remove(self._dir, kind, step)
             if disk_full(error):
-                raise full_disk(self._dir, self.latest_step()) from None
+                raise full_disk(self._dir, max(_steps(self._dir, "checkpoints"), default=None)) from None
             raise
-
-    def _seal(self, manager: ocp.CheckpointManager, saved: int | None = None) -> None:
-        """Write down the checksums of the step that was saved, and forget those of what is gone."""
-        if jax.process_index() != 0:
-            return
-        kind, steps = Path(manager.directory).name, manager.all_steps()
-        for file in (self._dir / "sums").glob(f"{kind}-*.json"):
-            if int(file.stem.rpartition("-")[2]) not in steps:
-                file.unlink()
-        if saved is not None:
-            file = _sums_file(self._dir, kind, saved)
-            file.parent.mkdir(exist_ok=True)
-            write_atomic(file, json.dumps(sums(self._dir / kind / str(saved)), indent=1) + "\n")
+        if first:
+            _thin(self._dir, kind)
+        multihost_utils.sync_global_devices("older checkpoints were removed")
+        manager.reload()
 
 
 def restore_params(stage_dir: Path, params: Any, which: str = "best") -> tuple[Any, int]:
@@ -147,11 +157,12 @@ def restore_params(stage_dir: Path, params: Any, which: str = "best") -> tuple[A
         UserError: there is no checkpoint of that kind, or it holds other parameters than these.
     """
     directory = stage_dir / {"best": "best", "latest": "checkpoints"}[which]
-    if not has_checkpoint(directory):
+    steps = _steps(stage_dir, directory.name)
+    if not steps:
         raise UserError(f"{stage_dir} holds no {which} checkpoint; train that stage first")
     wanted = named(params)
     orbax_noise.quiet()
-    step = max(_steps(directory))
+    step = max(steps)
     if (damage := _damage(stage_dir, directory.name, step)) is not None:
         raise UserError(f"the {which} checkpoint in {stage_dir} is damaged: {damage}; train that stage again")
     with orbax_noise.failing_quietly(), ocp.PyTreeCheckpointer() as reader:
@@ -174,10 +185,9 @@ def restore_params(stage_dir: Path, params: Any, which: str = "best") -> tuple[A
     return fill(params, got), step
 
 
-def has_checkpoint(directory: Path) -> bool:
-    """Whether a folder of checkpoints, or a stage directory, holds a whole one."""
-    folders = (directory, directory / "checkpoints", directory / "best")
-    return any(_steps(folder) for folder in folders)
+def has_checkpoint(stage_dir: Path, kinds: Iterable[str] = tuple(KEPT)) -> bool:
+    """Whether a stage directory holds a whole checkpoint of one of these kinds."""
+    return any(_steps(stage_dir, kind) for kind in kinds)
 
 
 def _damage(stage_dir: Path, kind: str, step: int) -> str | None:
@@ -194,7 +204,7 @@ def _set_damaged_aside(stage_dir: Path, kind: str) -> None:
     Raises:
         UserError: there are checkpoints to go on from, and all of them are damaged.
     """
-    looked = {step: _damage(stage_dir, kind, step) for step in sorted(_steps(stage_dir / kind))}
+    looked = {step: _damage(stage_dir, kind, step) for step in sorted(_steps(stage_dir, kind))}
     found = {step: damage for step, damage in looked.items() if damage is not None}
     whole = [step for step, damage in looked.items() if damage is None]
     if found and kind == "checkpoints" and not whole:
@@ -221,15 +231,49 @@ def _sums_file(stage_dir: Path, kind: str, step: int) -> Path:
     return stage_dir / "sums" / f"{kind}-{step}.json"
 
 
-def _steps(directory: Path) -> set[int]:
-    """Steps of the whole checkpoints in a folder."""
-    return {int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()} if directory.is_dir() else set()
+def _mark_unfinished(stage_dir: Path, kind: str, step: int) -> None:
+    file = _sums_file(stage_dir, kind, step)
+    file.parent.mkdir(exist_ok=True)
+    write_atomic(file, UNFINISHED)
 
 
-def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
-    )
+def _unfinished(stage_dir: Path, kind: str) -> set[int]:
+    """Steps whose checkpoint was being saved or removed."""
+    files = (stage_dir / "sums").glob(f"{kind}-*.json")
+    return {int(file.stem.rpartition("-")[2]) for file in files if file.read_bytes() == UNFINISHED.encode()}
+
+
+def _steps(stage_dir: Path, kind: str) -> set[int]:
+    """Steps of the whole checkpoints of a kind."""
+    directory = stage_dir / kind
+    there = {int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()} if directory.is_dir() else set()
+    return there - _unfinished(stage_dir, kind)
+
+
+def _remove(stage_dir: Path, kind: str, step: int) -> None:
+    """Remove a checkpoint that is marked unfinished, and then the mark."""
+    directory = stage_dir / kind / str(step)
+    shutil.rmtree(directory, ignore_errors=True)
+    sync(directory.parent)
+    if not directory.exists():
+        _sums_file(stage_dir, kind, step).unlink(missing_ok=True)
+
+
+def _remove_unfinished(stage_dir: Path, kind: str) -> None:
+    for step in _unfinished(stage_dir, kind):
+        _remove(stage_dir, kind, step)
+
+
+def _thin(stage_dir: Path, kind: str) -> None:
+    """Remove all but the newest few checkpoints of a kind."""
+    for step in sorted(_steps(stage_dir, kind))[: -KEPT[kind]]:
+        _mark_unfinished(stage_dir, kind, step)
+        _remove(stage_dir, kind, step)
+
+
+def _manager(directory: Path) -> ocp.CheckpointManager:
+    # None is removed by Orbax, which would do it before the new one is on the disk.
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True)
     return ocp.CheckpointManager(directory.resolve(), options=options)
 
 
@@ -249,7 +293,7 @@ def bytes_needed(items: Iterable[Any]) -> int:
     return sum(leaf.nbytes + 4096 for leaf in leaves if isinstance(leaf, jax.Array)) + (1 << 20)
 
 
-def _remove_unfinished(directory: Path) -> None:
+def _remove_partial(directory: Path) -> None:
     for _ in range(10):
         for leftover in directory.glob("*orbax-checkpoint-tmp*"):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lizard_jax import sharding
-from lizard_jax.atomic import write_atomic
+from lizard_jax.atomic import sync_tree, write_atomic
 from lizard_jax.cli import flatten, from_dict
 from lizard_jax.config import ModelConfig, RunConfig, to_dict
 from lizard_jax.convert.files import carry, read_json, teacher_dir
@@ -319,6 +319,7 @@ def _export(config: RunConfig, source: Path, path: Path) -> None:
     model, _ = load_run(path)
     save_hf(model, staging, source=None)
     carry(source, staging)
+    sync_tree(staging)
     shutil.rmtree(target, ignore_errors=True)
     staging.replace(target)
 

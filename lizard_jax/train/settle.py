@@ -55,7 +55,7 @@ def continued(config: RunConfig, given: frozenset[str]) -> RunConfig:
     first = stage_dir(config, 1)
     if not config.attention.adds_modules and not first.exists():
         return config
-    if not checkpoint.has_checkpoint(first / "best"):
+    if not checkpoint.has_checkpoint(first, ("best",)):
         raise UserError(f"{first} holds no stage 1 to continue from; run train.py --stage=1 with the same --out first")
     record = checkpoint.read_json(first / "run.json")
     before = from_dict(RunConfig, record["config"])

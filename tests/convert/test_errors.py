@@ -274,6 +274,17 @@ def test_a_directory_appears_whole_or_not(tmp_path):
     assert [file.name for file in (tmp_path / "deep" / "out").iterdir()] == ["whole"]
 
 
+def test_what_appears_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    reached = set()
+    monkeypatch.setattr("os.fsync", lambda handle: reached.add(os.fstat(handle).st_ino))
+    with appearing(tmp_path / "out") as directory:
+        (directory / "deep").mkdir()
+        (directory / "deep" / "file").write_text("written")
+    written = {path.stat().st_ino for path in (tmp_path / "out", *(tmp_path / "out").rglob("*"))}
+    assert len(written) == 3
+    assert written | {tmp_path.stat().st_ino} <= reached
+
+
 def test_a_hub_id_brings_safetensors_or_else_bin(monkeypatch, tmp_path):
     """What is asked of the hub, with a stand-in for the download."""
     from lizard_jax.convert.files import locate

@@ -16,9 +16,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from lizard_jax.atomic import write_atomic
 from lizard_jax.errors import UserError
 from lizard_jax.models.flops import forward_flops
-from lizard_jax.train import stages
+from lizard_jax.train import checkpoint, stages
 from lizard_jax.train.checkpoint import Checkpoints, restore_params
 from lizard_jax.train.lock import alone
 from lizard_jax.train.log import read_metrics
@@ -221,6 +222,88 @@ def test_damaged_checksums_say_nothing_of_a_checkpoint(undisturbed, tmp_path):
     checkpoints = Checkpoints(tmp_path / "run")
     assert checkpoints.latest_step() == 8
     checkpoints.close()
+
+
+def test_a_checkpoint_counts_once_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    """A power failure may leave names without their content, and Orbax does not bring every file to the disk."""
+    reached, sealed = set(), []
+
+    def fsync(handle):
+        reached.add(os.fstat(handle).st_ino)
+
+    def seal(path, content):
+        step = tmp_path / path.stem.replace("-", "/")
+        if content != checkpoint.UNFINISHED:
+            sealed.append(path.stem)
+            files = [file for file in (*step.rglob("*"), step, step.parent) if file.stat().st_ino not in reached]
+            assert not files, files
+        else:
+            assert not step.exists() or len(list(step.parent.iterdir())) > checkpoint.KEPT[step.parent.name]
+        write_atomic(path, content)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr(checkpoint, "write_atomic", seal)
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        reached.clear()
+        checkpoints.save(step, {"w": jnp.ones(3)}, {"m": jnp.ones(3)})
+        reached.clear()
+        checkpoints.save_best(step, {"w": jnp.ones(3)}, 1 / step)
+    assert sealed == [f"{kind}-{step}" for step in (1, 2, 3) for kind in ("checkpoints", "best")]
+    assert (checkpoints.latest_step(), checkpoints.best_step()) == (3, 3)
+    checkpoints.close()
+    assert {path.name for path in (tmp_path / "sums").iterdir()} == {
+        "checkpoints-2.json", "checkpoints-3.json", "best-3.json",
+    }  # fmt: skip
+
+
+def test_a_checkpoint_that_cannot_be_sealed_costs_none_before_it(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, {"w": jnp.ones(3)}, {"m": jnp.ones(3)})
+        checkpoints.save_best(step, {"w": jnp.ones(3)}, 1 / step)
+
+    def fails(path):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(checkpoint, "sync_tree", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoints.save(3, {"w": jnp.ones(3)}, {"m": jnp.ones(3)})
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoints.save_best(3, {"w": jnp.ones(3)}, 0.1)
+    checkpoints.close()
+    monkeypatch.undo()
+    again = Checkpoints(tmp_path)
+    assert (again.latest_step(), again.best_step(), again.best_objective()) == (2, 2, 0.5)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+    again.close()
+
+
+@pytest.mark.parametrize("left", ["as it was", "empty", "in part"])
+def test_what_was_being_saved_or_removed_does_not_count(undisturbed, tmp_path, left, capsys):
+    """As a kill or a power failure may leave it: nothing is said, and the run ends as if it had never been."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    (best,) = (run / "best").iterdir()
+    for step in (run / "checkpoints" / "8", best):
+        (run / "sums" / f"{step.parent.name}-{step.name}.json").write_text(checkpoint.UNFINISHED)
+        files = [file for file in step.rglob("*") if file.is_file()]
+        for file in files[:: 1 if left == "empty" else 2] if left != "as it was" else ():
+            file.write_bytes(b"") if left == "empty" else file.unlink()
+    assert checkpoint.has_checkpoint(run)
+    assert not checkpoint.has_checkpoint(run, ("best",))
+    with pytest.raises(UserError, match="holds no best checkpoint; train that stage first"):
+        restore_params(run, {})
+    _trainer(run).run()
+    err = capsys.readouterr().err
+    assert "resuming" in err
+    assert "at step 6 of 8" in err
+    assert "warning" not in err
+    _same_run(run, undisturbed)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["6", "8"]
+    assert {path.name for path in (run / "sums").iterdir()} == {
+        "checkpoints-6.json", "checkpoints-8.json", "best-8.json",
+    }  # fmt: skip
 
 
 def test_a_directory_is_one_runs(tmp_path):
