@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import lizard_jax
-from benchmarks import local_tasks, report, smollm2
+from benchmarks import interruptions, local_tasks, report, smollm2
 
 PNG = b"\x89PNG\r\n\x1a\n-not-a-real-picture"
 
@@ -92,3 +92,49 @@ def test_smollm2_becomes_an_hf_directory_that_answers(tmp_path, monkeypatch, cap
     assert (tmp_path / "smollm2" / "LICENSE").is_file()
     question = f"<|im_start|>user\n{smollm2.QUESTION}<|im_end|>\n<|im_start|>assistant\n"
     assert str(model.generate(question, max_new_tokens=7)).strip() == smollm2.ANSWER
+
+
+def test_what_a_power_failure_takes_is_what_was_not_brought_to_the_disk(tmp_path):
+    """A trace as strace writes it, of two threads: only what was written after the last fsync that ended is lost."""
+    (tmp_path / "run").mkdir()
+    run = str(tmp_path / "run")
+    contents = {"synced": 4, "never": 4, "more": 9, "late": 4, "cut": 4, "moved": 4, "elsewhere": 4}
+    for name, length in contents.items():
+        (tmp_path / "run" / name).write_bytes(bytes(length))
+    where = {name: f"{number}<{run}/{name}>" for number, name in enumerate(contents, 3)}
+
+    def opened(name):
+        return f'openat(AT_FDCWD</>, "{run}/{name}", O_WRONLY|O_CREAT|O_TRUNC, 0666) = {where[name]}'
+
+    lines = [
+        f"7 {opened('synced')}",
+        f'7 write({where["synced"]}, ""..., 4) = 4',
+        f"7 fsync({where['synced']}) = 0",
+        f"7 {opened('never')}",
+        f'8 write({where["never"]}, ""..., 4) = 4',
+        f"7 {opened('more')}",
+        f'7 write({where["more"]}, ""..., 4) = 4',
+        f"7 fsync({where['more']}) = 0",
+        f'7 write({where["more"]}, ""..., 5) = 5',
+        f"7 {opened('late')}",
+        f'7 write({where["late"]}, ""..., 4) = 4',
+        f"7 fsync({where['late']} <unfinished ...>",
+        f"8 {opened('cut')}",
+        f'8 write({where["cut"]}, ""..., 4) = 4',
+        "7 <... fsync resumed>) = 0",
+        f"8 fsync({where['cut']} <unfinished ...>",
+        f'7 openat(AT_FDCWD</>, "{run}/before", O_WRONLY|O_CREAT|O_TRUNC, 0666) = 20<{run}/before>',
+        f'7 write(20<{run}/before>, ""..., 4) = 4',
+        f"7 fsync(20<{run}/before>) = 0",
+        f'7 rename("{run}/before", "{run}/moved") = 0',
+        '7 write(21</elsewhere>, ""..., 4) = 4',
+        f'7 openat(AT_FDCWD</>, "{run}/elsewhere", O_RDONLY) = {where["elsewhere"]}',
+    ]
+    (tmp_path / "trace").write_text("\n".join(lines) + "\n")
+    lost = interruptions.not_on_disk(tmp_path / "trace", tmp_path / "run")
+    assert {file.name: length for file, length in lost.items()} == {"never": 0, "more": 4, "cut": 0}
+    interruptions.lose(lost, gone=False)
+    left = {file.name: file.stat().st_size for file in (tmp_path / "run").iterdir()}
+    assert left == contents | {"never": 0, "more": 4, "cut": 0}
+    interruptions.lose(lost, gone=True)
+    assert {file.name for file in (tmp_path / "run").iterdir()} == contents.keys() - {"never", "cut"}

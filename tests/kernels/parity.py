@@ -155,8 +155,8 @@ def draw(rng: np.random.Generator) -> Draw:
 def _measured(implementation: str, normalize: bool, chunk: int, act: str | None):
     """Jitted: everything the op returns and the gradient of a random scalar of it.
 
-    A state's own scale is free, so it enters the scalar at a scale from outside, given as a sum of two numbers; None for
-    its own.
+    A state's own scale is free, so it enters the scalar at a scale from outside, given as a sum of two numbers; or
+    at its own (None).
     """
 
     def scalar(inputs, segment_ids, weights, scale):

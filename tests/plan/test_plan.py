@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import re
+from typing import Any
 
 import jax
 import pytest
@@ -92,6 +93,25 @@ def test_a_deep_model_is_planned_from_shallow_ones():
     assert 0 < planned.least <= planned.most
     assert planned.tracing > 0
     assert planned.compiling > 0
+
+
+@pytest.mark.parametrize(
+    ("temporaries", "depths", "fits"),
+    [
+        (29, (32,), True),
+        (31, (32,), False),
+        (11, (2, 4), True),
+        (13, (2, 4), None),
+        (74, (2, 4), None),
+        (76, (2, 4), False),
+    ],
+)
+def test_what_two_depths_leave_open_is_not_said_to_fit(temporaries, depths, fits):
+    """Of 100 bytes 92 can be had: 52 lie there, 10 are code, and temporaries may be 2.5 times more or less."""
+    named: dict[str, Any] = {field.name: 0.0 for field in dataclasses.fields(estimate.Plan)}
+    own = step.Parts(frozen=50, trained=1, optimizer=1, batch=0)
+    named |= {"parts": own, "code": 10.0, "temporaries": temporaries, "depths": depths}
+    assert estimate.Plan(**named).fits(100.0) is fits
 
 
 @needs_tpu
