@@ -276,7 +276,9 @@ class ModelConfig:
 class DataConfig:
     """Where text comes from and how it becomes batches of packed sequences."""
 
-    path: str = option("embedded", "text, JSON or JSONL file, directory, datasets hub name, or 'embedded'")
+    path: str = option(
+        "embedded", "text, JSON, JSONL or parquet file, directory, URL of one, datasets hub name, or 'embedded'"
+    )
     format: Literal["auto", "text", "alpaca", "chat"] = option("auto", "how to read it; auto looks at the content")
     separator: str = option("<|endoftext|>", "what splits plain text into documents")
     split: str = option("train", "split to read of a datasets name")

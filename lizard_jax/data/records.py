@@ -1,19 +1,23 @@
-"""From a path or a hub name to documents: plain text, Alpaca records and chats.
+"""From a path, a URL or a hub name to documents: plain text, Alpaca records and chats.
 
 Every source first becomes rows, each a text or a JSON-like object with a place to name in an error; a row then becomes
 a document. What ``format=auto`` decides, it decides by the first row: ``messages`` makes a chat, ``instruction`` and
 ``output`` an Alpaca record, anything else plain text.
 """
 
+import contextlib
+import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Generator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lizard_jax.config import DataConfig
+from lizard_jax.data import remote
 from lizard_jax.data.chat import chat_document
 from lizard_jax.data.text import Document
 from lizard_jax.errors import UserError
@@ -44,26 +48,26 @@ _ALPACA = (
 )
 
 
-def documents(config: DataConfig, tokenizer: Any) -> Iterator[Document]:
-    """The documents of ``config.path``, read as they are needed.
+def documents(config: DataConfig, tokenizer: Any) -> Generator[Document]:
+    """The documents of ``config.path``, read as they are needed; what lies at a URL is brought here until then.
 
     Raises:
         UserError: the path or the name leads nowhere, or a file, line or record is not what the format says.
     """
-    rows = _rows(config)
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"{config.path} is empty")
-    kind = _kind(first[1], config)
-    for where, row in chain([first], rows):
-        if kind == "text":
-            text = row if isinstance(row, str) else _field(row, config.text_column, where, "a text")
-            if text.strip():
-                yield Document(text)
-        elif kind == "alpaca":
-            yield alpaca_document(row, where)
-        else:
-            yield chat_document(row, where, tokenizer, answers=config.answer_only, date=config.date)
+    with contextlib.closing(_rows(config)) as rows:
+        first = next(rows, None)
+        if first is None:
+            raise UserError(f"{config.path} is empty")
+        kind = _kind(first[1], config)
+        for where, row in chain([first], rows):
+            if kind == "text":
+                text = row if isinstance(row, str) else _field(row, config.text_column, where, "a text")
+                if text.strip():
+                    yield Document(text)
+            elif kind == "alpaca":
+                yield alpaca_document(row, where)
+            else:
+                yield chat_document(row, where, tokenizer, answers=config.answer_only, date=config.date)
 
 
 def alpaca_document(row: Any, where: str) -> Document:
@@ -109,7 +113,9 @@ def _kind(row: Any, config: DataConfig) -> str:
 # ------------------------------------------------------------------------------------------------ sources
 
 
-def _rows(config: DataConfig) -> Iterator[Row]:
+def _rows(config: DataConfig) -> Generator[Row]:
+    if remote.is_url(config.path):
+        return _remote_rows(config)
     path = Path(config.path).expanduser()
     if path.is_file():
         return _file_rows(path, config)
@@ -122,13 +128,25 @@ def _rows(config: DataConfig) -> Iterator[Row]:
     return _hub_rows(config)
 
 
-def _directory_rows(path: Path, config: DataConfig) -> Iterator[Row]:
+def _remote_rows(config: DataConfig) -> Generator[Row]:
+    with tempfile.TemporaryDirectory(prefix="lizard-data-") as folder:
+        here = remote.bring(config.path, Path(folder), _is_data)
+        try:
+            for where, row in _rows(dataclasses.replace(config, path=str(here))):
+                yield where.replace(str(here), config.path.rstrip("/")), row
+        except UserError as error:
+            raise UserError(str(error).replace(str(here), config.path.rstrip("/"))) from None
+
+
+def _directory_rows(path: Path, config: DataConfig) -> Generator[Row]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _saved_rows(path, config)
+        yield from _saved_rows(path, config)
+        return
     files = sorted(file for file in path.rglob("*") if file.is_file() and _is_data(file.relative_to(path)))
     if not files:
         raise UserError(f"the directory {path} holds no data: none of its files ends in {', '.join(SUFFIXES)}")
-    return chain.from_iterable(_file_rows(file, config) for file in files)
+    for file in files:
+        yield from _file_rows(file, config)
 
 
 def _is_data(path: Path) -> bool:
@@ -138,7 +156,7 @@ def _is_data(path: Path) -> bool:
     return not (BESIDE.match(path.name) or path.name in ("dataset_infos.json", "dataset_info.json"))
 
 
-def _file_rows(path: Path, config: DataConfig) -> Iterator[Row]:
+def _file_rows(path: Path, config: DataConfig) -> Generator[Row]:
     try:
         if path.suffix.lower() == ".parquet":
             yield from _parquet_rows(path)
@@ -156,7 +174,7 @@ def _file_rows(path: Path, config: DataConfig) -> Iterator[Row]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _text_rows(path: Path, separator: str) -> Iterator[Row]:
+def _text_rows(path: Path, separator: str) -> Generator[Row]:
     r"""The pieces between separators, without the line ends around them. ``\n`` in the separator is a line end."""
     separator = separator.replace("\\n", "\n").replace("\\t", "\t")
     rest, count = "", 0
@@ -173,7 +191,7 @@ def _text_rows(path: Path, separator: str) -> Iterator[Row]:
         yield f"{path}, document {count + 1}", text
 
 
-def _line_rows(path: Path) -> Iterator[Row]:
+def _line_rows(path: Path) -> Generator[Row]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -204,7 +222,7 @@ def _holds_records(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("data"), list)
 
 
-def _whole_rows(path: Path) -> Iterator[Row]:
+def _whole_rows(path: Path) -> Generator[Row]:
     with path.open(encoding="utf-8-sig") as file:
         try:
             records = json.load(file)
@@ -216,7 +234,7 @@ def _whole_rows(path: Path) -> Iterator[Row]:
         yield f"{path}, record {number}", record
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Generator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -230,7 +248,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"cannot read {path} as parquet: {str(error).splitlines()[0]}") from None
 
 
-def _saved_rows(path: Path, config: DataConfig) -> Iterator[Row]:
+def _saved_rows(path: Path, config: DataConfig) -> Generator[Row]:
     """A directory that ``datasets`` wrote with ``save_to_disk``."""
     import datasets
 
@@ -245,7 +263,7 @@ def _saved_rows(path: Path, config: DataConfig) -> Iterator[Row]:
     return _numbered(data, str(path))
 
 
-def _hub_rows(config: DataConfig) -> Iterator[Row]:
+def _hub_rows(config: DataConfig) -> Generator[Row]:
     import datasets
 
     name, _, subset = config.path.partition(":")
@@ -265,7 +283,7 @@ def _hub_rows(config: DataConfig) -> Iterator[Row]:
     return _numbered(data, config.path)
 
 
-def _numbered(data: Any, name: str) -> Iterator[Row]:
+def _numbered(data: Any, name: str) -> Generator[Row]:
     return ((f"{name}, row {number}", row) for number, row in enumerate(data, 1))
 
 
