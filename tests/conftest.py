@@ -19,11 +19,21 @@ SLOW = frozenset(Path(__file__).with_name("slow.txt").read_text().split())
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+LONGEST = (
+    "kernels/test_log_gate_attention", "train/test_run", "kernels/test_compile", "train/test_fsdp", "test_on_chips",
+    "train/test_linearize", "test_budgets", "test_recovery", "plan/test_plan", "generate/test_devices",
+    "nn/test_split_attention", "kernels/test_sliding_window", "models/test_decode",
+)  # fmt: skip
+"""Files that take a minute or more, the longest first: begun first, so that no worker waits for another's last one."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what ``slow.txt`` names."""
+    """Marks what ``slow.txt`` names, and puts the longest files first."""
     for item in items:
         if item.nodeid.partition("[")[0].removeprefix("tests/") in SLOW:
             item.add_marker(pytest.mark.slow)
+    place = {f"tests/{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
 
 
 MOST_MEMORY = 2.5 * 2**30
