@@ -233,7 +233,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown: each kind of interruption."""
     lines = [
         f"`{' '.join(RUN)}`, interrupted and gone on with until it ended; each end beside an undisturbed run's.", "",
-        "| interruption | moments | while saving | with a checkpoint to go on from | files lost | runs | unlike |",
+        "| interruption | moments | while saving | with a checkpoint to go on from | files lost | ends | unlike |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for kind, row in rows.items():
