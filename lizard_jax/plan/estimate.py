@@ -30,6 +30,9 @@ DEPTHS = (2, 4)
 """Layers that are compiled; the first adds more to what is alive at once than those after it."""
 ROOM = 0.92
 """Of a device's memory, what a program can have."""
+SPREAD = 3.0
+"""Times that whole programs' temporary memory may be more or less than what two depths continue to; up to 2.7 were seen
+(``benchmarks/plans.md``)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,15 @@ class Plan:
     def total(self) -> float:
         """Bytes at the step's height."""
         return self.parts.total + self.temporaries + self.code
+
+    def fits(self, memory: float) -> bool | None:
+        """Whether a device of so many bytes has room for it; None where what two depths continue to cannot say."""
+        room = ROOM * memory - self.parts.total
+        off = SPREAD if len(self.depths) > 1 else 1.0
+        if off * self.temporaries + self.code <= room:
+            return True
+        # Of a whole program's code next to nothing was seen where two depths continued to much.
+        return None if len(self.depths) > 1 and self.temporaries / off <= room else False
 
     @property
     def least(self) -> float:

@@ -16,7 +16,7 @@ from lizard_jax.embedded import teacher_config
 from lizard_jax.errors import UserError
 from lizard_jax.plan.absent import CannotCompile
 from lizard_jax.plan.estimate import (
-    ROOM,
+    SPREAD,
     Machines,
     Plan,
     checked,
@@ -30,6 +30,7 @@ from lizard_jax.plan.estimate import (
 from lizard_jax.sharding import AXES
 from lizard_jax.train.loop import total_steps
 
+FITS = {True: "yes", None: "unsure", False: "no"}
 WIDTH = 124
 """Columns of the table, also where the terminal has fewer or there is none."""
 
@@ -70,9 +71,12 @@ def show(
     if len(continued := found[0][1].depths) > 1:
         console.print(
             f"Temporary memory is continued from {continued[0]} and {continued[1]} layers: the whole program can take "
-            f"half or twice as much; --plan-layers {shape.num_layers} compiles it."
+            f"up to {SPREAD:g} times more or less, and what that leaves open is unsure; --plan-layers "
+            f"{shape.num_layers} compiles it."
         )
-    fitting = [(settled, each) for settled, each in found if each.total <= ROOM * where.chip.memory]
+    judged = [(each.fits(where.chip.memory), settled, each) for settled, each in found]
+    # What may not fit is advised only where nothing surely does.
+    fitting = [pair for fits, *pair in judged if fits] or [pair for fits, *pair in judged if fits is None]
     if not fitting:
         console.print(
             f"nothing fits {where.chip.memory / 2**30:.0f} GiB; take more chips, fewer --batch-size or a shorter "
@@ -104,7 +108,7 @@ def table(config: RunConfig, target: str, where: Machines, shape: ModelConfig, f
     for each in found:
         own = each.parts
         sizes = (own.frozen + own.trained, own.optimizer + own.batch, each.temporaries, each.code, each.total)
-        fits = "yes" if each.total <= ROOM * where.chip.memory else "no"
+        fits = FITS[each.fits(where.chip.memory)]
         mesh = " x ".join(map(str, _named(each))) + (
             "" if config.stage == 1 else ", remat" if each.remat else ", no remat"
         )
@@ -132,7 +136,7 @@ def words(config: RunConfig, shape: ModelConfig, where: Machines, best: Plan, pr
     low, high = hours(config, best, where.devices)
     tokens = rows * time
     out = [
-        "best: "
+        ("best: " if best.fits(where.chip.memory) else "best, if it fits: ")
         + " ".join(f"--mesh-{axis}={size}" for axis, size in zip(AXES, _named(best), strict=False))
         + f" --batch-size={rows}"
         + ("" if config.stage == 1 else " --remat" if best.remat else " --no-remat"),
