@@ -90,11 +90,15 @@ def stopped(process: subprocess.Popen, traced: bool, stage: Path, moment: float,
     busy = saving(stage)
     if process.poll() is not None:
         return None
-    # strace writes down what it has seen when what it watches has ended.
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[0]) if traced else process.pid, signal.SIGKILL)
+    if traced:
+        # strace writes down what it has seen when what it watches has ended.
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if children:
+            os.kill(int(children[0]), signal.SIGKILL)
+    else:
+        process.kill()
     process.wait()
-    return busy
+    return busy if process.returncode else None
 
 
 def not_on_disk(trace: Path, below: Path) -> dict[Path, int]:
@@ -246,6 +250,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """The work of ``main``."""
+    if args.moments < 2:
+        raise UserError(f"--moments is {args.moments}, must be at least 2")
     if shutil.which("strace") is None:
         raise UserError("strace is not installed, and tells here what reached the disk; install it")
     random.seed(args.seed)
