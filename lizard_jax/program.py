@@ -41,6 +41,11 @@ def ended(work: Callable[[], int], *, interrupted: str) -> int:
         return _failed(f"error: {error.filename or 'the output cannot be written'}: {error.strerror or error}", 2)
     except KeyboardInterrupt:
         return _failed(interrupted, 130)
+    except ImportError as error:
+        # What Ctrl-C becomes while a module written in C++ is being loaded.
+        if not isinstance(error.__cause__, KeyboardInterrupt):
+            raise
+        return _failed(interrupted, 130)
     return code
 
 

@@ -76,6 +76,18 @@ def test_however_a_command_ends_it_says_one_line(raised, line, code, capsys):
     assert capsys.readouterr().err == line + "\n"
 
 
+def test_an_interrupt_of_a_module_that_is_being_loaded_is_one_and_another_failure_is_none(capsys):
+    """Modules written in C++ turn it into an error of their own."""
+
+    def fails(reason):
+        raise ImportError("initialization failed") from reason
+
+    assert ended(lambda: fails(KeyboardInterrupt()), interrupted="stopped in between") == 130
+    assert capsys.readouterr().err == "stopped in between\n"
+    with pytest.raises(ImportError, match="initialization failed"):
+        ended(lambda: fails(ValueError("a symbol is missing")), interrupted="stopped in between")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize(
     "line", ["convert linearize {teacher} {out} --state-bytes=", "generate {teacher} --prompt a --max-new-tokens 3"]
