@@ -11,7 +11,10 @@ with 1.
 Power loss is imitated: the run goes under ``strace``, which tells what was written and what was brought to the disk
 (fsync). After the kill, each file that has not been since it was last written loses what it never brought there: in
 turns it is empty (or as long as when it was last brought there), as where names reach the disk before contents, and not
-there at all. Writes ``benchmarks/interruptions.json`` and ``.md``.
+there at all.
+
+At last one of two processes that train together is killed, and one process goes on on another mesh (in float64, where
+the order of additions is the only difference). Writes ``benchmarks/interruptions.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -56,21 +60,29 @@ KINDS = {
     "emptied": "power lost, files empty that were not on the disk",
     "dropped": "power lost, files gone that were not on the disk",
 }
+CLOSE = 1e-9
+"""Relative, where the mesh is another."""
 NUMBERS = ("step", "loss", "layer_mse", "learning_rate", "grad_norm")
 
 
-def started(out: Path, trace: Path | None) -> subprocess.Popen:
-    """The run as a process, under strace where there is a file for what it tells."""
+def started(
+    out: Path, trace: Path | None, more: tuple[str, ...] = (), beside: dict[str, str] | None = None
+) -> subprocess.Popen:
+    """The run as a process, under strace where there is a file for what it tells; with more flags and environment."""
     watched = () if trace is None else ("strace", "-f", "-y", "-qq", "--seccomp-bpf", "-s", "0", "-e", TRACED)
     where = () if trace is None else ("-o", str(trace))
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(out.parent / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    environment = (
+        os.environ
+        | (beside or {})
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(out.parent / "xla"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+    )
     return subprocess.Popen(
-        [*watched, *where, sys.executable, *RUN, f"--out={out}"],
+        [*watched, *where, sys.executable, *RUN, *more, f"--out={out}"],
         cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -191,10 +203,10 @@ def unlike(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     ]
 
 
-def whole(out: Path) -> float:
+def whole(out: Path, more: tuple[str, ...] = (), beside: dict[str, str] | None = None) -> float:
     """Seconds of a run to its end."""
     began = time.monotonic()
-    process = started(out, None)
+    process = started(out, None, more, beside)
     _, told = process.communicate()
     if process.returncode:
         raise UserError(f"the run ended with {process.returncode}: {told.strip().splitlines()[-1:]}")
@@ -233,6 +245,39 @@ def disturbed(kind: str, moments: int, work: Path, life: float, undisturbed: dic
             bar.update()
 
 
+def bereaved(work: Path) -> dict[str, Any]:
+    """Two processes of one device each, one of them killed; then one process of four devices, on fsdp x tensor.
+
+    Returns:
+        seconds until the survivor was gone, the step that was gone on from, and the largest difference of an array of
+        the end from that of one process on one device, relative to the array's largest value.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    out = work / "two"
+    pair = [started(out, None, ("--dtype=float64",), both | {"JAX_PROCESS_ID": str(index)}) for index in range(2)]
+    while not (out / "stage1" / "sums" / f"checkpoints-{STEPS // 2}.json").exists():
+        time.sleep(0.01)
+        if any(process.poll() is not None for process in pair):
+            raise UserError("one of two processes ended before it was killed")
+    pair[1].kill()
+    began = time.monotonic()
+    pair[0].communicate(timeout=300)
+    found: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1), "code": pair[0].returncode}
+    marks = (out / "stage1" / "sums").glob("checkpoints-*.json")
+    found["step"] = max(int(mark.stem.rpartition("-")[2]) for mark in marks if json.loads(mark.read_text()))
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    whole(out, ("--dtype=float64", "--mesh-fsdp=2", "--mesh-tensor=2"), devices)
+    whole(work / "one", ("--dtype=float64",))
+    mine, theirs = (arrays(place / "stage1", "checkpoints") for place in (out, work / "one"))
+    found["off"] = max(
+        float(np.abs(mine[name] - theirs[name]).max() / max(np.abs(theirs[name]).max(), 1e-300)) for name in theirs
+    )
+    return found
+
+
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown: each kind of interruption."""
     lines = [
@@ -241,10 +286,18 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for kind, row in rows.items():
+        if kind == "peer":
+            continue
         moments = row["moments"]
         busy, resumed = (sum(bool(moment[name]) for moment in moments) for name in ("saving", "checkpoint"))
         counts = (len(moments), busy, resumed, sum(row["lost"].values()), row["runs"], len(row["unlike"]))
         lines.append(f"| {KINDS[kind]} | " + " | ".join(map(str, counts)) + " |")
+    peer = rows["peer"]
+    lines += [
+        "", f"One of two processes killed: the other was gone after {peer['seconds']:.0f} seconds; one process went on "
+        f"from step {peer['step']} of {STEPS} on 2 x 2 devices, and its arrays are within {peer['off']:.0e} of one "
+        "device's (float64).",
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -264,11 +317,12 @@ def run(args: argparse.Namespace) -> int:
         for kind in KINDS:
             count = args.moments if kind == "killed" else args.moments // 2
             rows[kind] = disturbed(kind, count, work, life if kind == "killed" else 1.5 * life, undisturbed)
+        rows["peer"] = bereaved(work)
     write_atomic(args.table.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
     text = table(rows)
     write_atomic(args.table.with_suffix(".md"), text)
     print(text)
-    return int(any(row["unlike"] for row in rows.values()))
+    return int(rows["peer"]["off"] > CLOSE or any(rows[kind]["unlike"] for kind in KINDS))
 
 
 def main() -> int:
