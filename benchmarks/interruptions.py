@@ -285,13 +285,11 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "| interruption | moments | while saving | with a checkpoint to go on from | files lost | ends | unlike |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
-    for kind, row in rows.items():
-        if kind == "peer":
-            continue
-        moments = row["moments"]
+    for kind, title in KINDS.items():
+        row, moments = rows[kind], rows[kind]["moments"]
         busy, resumed = (sum(bool(moment[name]) for moment in moments) for name in ("saving", "checkpoint"))
         counts = (len(moments), busy, resumed, sum(row["lost"].values()), row["runs"], len(row["unlike"]))
-        lines.append(f"| {KINDS[kind]} | " + " | ".join(map(str, counts)) + " |")
+        lines.append(f"| {title} | " + " | ".join(map(str, counts)) + " |")
     peer = rows["peer"]
     lines += [
         "", f"One of two processes killed: the other was gone after {peer['seconds']:.0f} seconds; one process went on "

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read, and what a full disk looks like."""
+"""The one exception a user is meant to read, what a full disk looks like, and what other libraries' errors say."""
 
 import errno
 
@@ -23,3 +23,9 @@ def disk_full(error: BaseException | None) -> bool:
         inner = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else None
         error = inner or error.__cause__ or error.__context__
     return False
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -20,7 +20,7 @@ from lizard_jax.config import DataConfig
 from lizard_jax.data import remote
 from lizard_jax.data.chat import chat_document
 from lizard_jax.data.text import Document
-from lizard_jax.errors import UserError
+from lizard_jax.errors import UserError, first_line
 
 Row = tuple[str, Any]
 """Where a row stands, and the row."""
@@ -129,13 +129,14 @@ def _rows(config: DataConfig) -> Generator[Row]:
 
 
 def _remote_rows(config: DataConfig) -> Generator[Row]:
+    url = config.path.rstrip("/")
     with tempfile.TemporaryDirectory(prefix="lizard-data-") as folder:
-        here = remote.bring(config.path, Path(folder), _is_data)
+        here = str(remote.bring(config.path, Path(folder), _is_data))
         try:
-            for where, row in _rows(dataclasses.replace(config, path=str(here))):
-                yield where.replace(str(here), config.path.rstrip("/")), row
+            for where, row in _rows(dataclasses.replace(config, path=here)):
+                yield where.replace(here, url), row
         except UserError as error:
-            raise UserError(str(error).replace(str(here), config.path.rstrip("/"))) from None
+            raise UserError(str(error).replace(here, url)) from None
 
 
 def _directory_rows(path: Path, config: DataConfig) -> Generator[Row]:
@@ -255,7 +256,7 @@ def _saved_rows(path: Path, config: DataConfig) -> Generator[Row]:
     try:
         data = datasets.load_from_disk(str(path))
     except Exception as error:  # datasets raises what its readers tripped over
-        raise UserError(f"cannot read the dataset saved in {path}: {_reason(error)}") from None
+        raise UserError(f"cannot read the dataset saved in {path}: {first_line(error)}") from None
     if isinstance(data, datasets.DatasetDict):
         if config.split not in data:
             raise UserError(f"the dataset in {path} has no split {config.split!r}; it has {', '.join(map(str, data))}")
@@ -276,7 +277,7 @@ def _hub_rows(config: DataConfig) -> Generator[Row]:
     except Exception as error:  # the hub client raises a different kind for every way of not being reached
         raise UserError(
             f"{config.path} is no file here, and its split {config.split!r} could not be loaded from the datasets hub "
-            f"({_reason(error)}); name a local file or directory, or NAME:SUBSET for a dataset with subsets"
+            f"({first_line(error)}); name a local file or directory, or NAME:SUBSET for a dataset with subsets"
         ) from None
     finally:
         log.setLevel(level)
@@ -285,8 +286,3 @@ def _hub_rows(config: DataConfig) -> Generator[Row]:
 
 def _numbered(data: Any, name: str) -> Generator[Row]:
     return ((f"{name}, row {number}", row) for number, row in enumerate(data, 1))
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

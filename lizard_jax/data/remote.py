@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lizard_jax.errors import UserError
+from lizard_jax.errors import UserError, first_line
 
 
 def is_url(path: str) -> bool:
@@ -41,5 +41,4 @@ def bring(url: str, folder: Path, wanted: Callable[[Path], bool]) -> Path:
     except FileNotFoundError:
         raise UserError(f"no data at {url}: there is no such file or directory") from None
     except Exception as error:  # each store raises errors of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read {url}: {reason}") from None
+        raise UserError(f"cannot read {url}: {first_line(error)}") from None
