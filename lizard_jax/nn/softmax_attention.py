@@ -150,8 +150,8 @@ class SoftmaxMixer(nnx.Module):
             inv_freq = inverse_frequencies(self.rope, self.head_dim, length=segment_lengths(segment_ids))
         cos, sin = cos_sin(inv_freq, positions)
         keys = rotate(k, cos, sin)
-        if flash.fits(q):
-            scale = self.head_dim**-0.5
+        if flash.fits(q, keys):
+            scale = flash.scale(self.head_dim)
             queries = rotate(q, scale * cos, scale * sin)
             if segment_ids is None:
                 return flash.causal_attention(queries, keys, v, window=self.window)
