@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 from lizard_jax.accelerators import keep_compiled, startable
@@ -27,7 +29,7 @@ def ended(work: Callable[[], int], *, interrupted: str) -> int:
     """
     keep_compiled()
     try:
-        with startable():
+        with _unswallowed(), startable():
             code = work()
         sys.stdout.flush()
     except UserError as error:
@@ -60,6 +62,26 @@ def hidden(package: str) -> Iterator[None]:
         yield
     finally:
         del sys.modules[package]
+
+
+@contextlib.contextmanager
+def _unswallowed() -> Iterator[None]:
+    """A Ctrl-C that meets a callback of Python's garbage collection, where nothing can be raised, comes again: JAX has
+    such a callback, and while modules load every fifth would be lost."""
+
+    def again(lost: "sys.UnraisableHookArgs") -> None:
+        if lost.exc_type is KeyboardInterrupt:
+            # From here it would be lost once more. A signal, for it also ends what this thread waits in.
+            here = threading.get_ident()
+            threading.Timer(0.01, lambda: signal.pthread_kill(here, signal.SIGINT)).start()
+        else:
+            before(lost)
+
+    before, sys.unraisablehook = sys.unraisablehook, again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _failed(line: str, code: int) -> int:

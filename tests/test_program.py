@@ -1,5 +1,6 @@
 """The command ``lizard``: each word leads to its command, which then calls itself so."""
 
+import gc
 import signal
 import subprocess
 import sys
@@ -86,6 +87,30 @@ def test_an_interrupt_of_a_module_that_is_being_loaded_is_one_and_another_failur
     assert capsys.readouterr().err == "stopped in between\n"
     with pytest.raises(ImportError, match="initialization failed"):
         ended(lambda: fails(ValueError("a symbol is missing")), interrupted="stopped in between")
+
+
+def test_an_interrupt_that_garbage_collection_swallows_comes_again(capsys):
+    """Nothing that its callbacks raise gets out of them, and JAX has one."""
+    met = []
+
+    def callback(phase, info):
+        if not met:
+            met.append(phase)
+            signal.raise_signal(signal.SIGINT)
+
+    def work():
+        gc.collect()
+        time.sleep(30)
+        return 0
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.callbacks.append(callback)
+    try:
+        code = ended(work, interrupted="stopped in between")
+    finally:
+        gc.callbacks.remove(callback)
+        signal.signal(signal.SIGINT, before)
+    assert (met, code, capsys.readouterr().err) == (["start"], 130, "stopped in between\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
