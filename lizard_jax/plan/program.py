@@ -215,18 +215,29 @@ def _touched(one: Operation, shapes: dict[str, str], inside: list[Operation]) ->
 
 def _read(one: Operation, shapes: dict[str, str], inside: list[Operation]) -> int:
     """Bytes that a fusion reads: of each operand all, or the pieces that are cut from it."""
+
+    def of(name: str, whole: int) -> int:
+        """Of what has this name inside."""
+        total = 0
+        for user in inside:
+            if name not in user.operands:
+                continue
+            if user.kind == "bitcast":
+                total += of(user.name, whole)
+            elif user.kind in _CUTS and user.operands[0] == name:
+                total += size(user.shape)
+            elif user.kind != "dynamic-update-slice" or user.operands[0] != name:
+                return whole
+        return min(whole, total)
+
     total = 0
     for each in inside:
         number = re.search(r"parameter\((\d+)\)", each.text) if each.kind == "parameter" else None
         if number is None or int(number[1]) >= len(one.operands):
             continue
         whole = size(shapes.get(one.operands[int(number[1])], each.shape))
-        users = [user for user in inside if each.name in user.operands]
-        if users and all(user.kind in _CUTS and user.operands[0] == each.name for user in users):
-            whole = min(whole, sum(size(user.shape) for user in users))
-        elif users and all(user.kind == "dynamic-update-slice" and user.operands[0] == each.name for user in users):
-            whole = 0
-        total += whole
+        used = any(each.name in user.operands for user in inside)
+        total += of(each.name, whole) if used else whole
     return total
 
 
@@ -237,13 +248,15 @@ def _written(one: Operation, inside: list[Operation]) -> int:
     if root is None:
         return size(one.shape)
     pieces = [by_name[name] for name in root.operands if name in by_name] if root.kind == "tuple" else [root]
-    if not any(piece.kind == "dynamic-update-slice" for piece in pieces):
-        return size(one.shape)
-    total = 0
+    total, cut = 0, False
     for piece in pieces:
-        update = by_name.get(piece.operands[1]) if piece.kind == "dynamic-update-slice" else None
+        made = piece
+        while made.kind == "bitcast" and made.operands[0] in by_name:
+            made = by_name[made.operands[0]]
+        update = by_name.get(made.operands[1]) if made.kind == "dynamic-update-slice" else None
+        cut |= update is not None
         total += size(update.shape if update is not None else piece.shape)
-    return total
+    return total if cut else size(one.shape)
 
 
 def _sent(kind: str, one: Operation, devices: int) -> tuple[float, int]:

@@ -90,6 +90,36 @@ def test_two_turns_in_one_and_a_gather_under_way_in_a_loop():
     assert moved(told, 8).results["all-gather"] == 64 * 128 * 4 + 7 * 8 * 128 * 4
 
 
+def test_pieces_of_an_array_that_is_seen_in_another_shape():
+    """A GPU's compiler cuts from a bitcast of what a fusion reads, and writes a bitcast of what it updates in place."""
+    text = """HloModule jit_step, is_scheduled=true
+
+%add_to_piece (p0: f32[64,128], p1: s32[], p2: f32[2,128]) -> f32[64,128] {
+  %p0 = f32[64,128]{0,1} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = f32[2,128]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %turned = f32[128,64]{1,0} bitcast(%p0)
+  %piece = f32[128,2]{1,0} dynamic-slice(%turned, %zero, %p1), dynamic_slice_sizes={128,2}
+  %new = f32[128,2]{1,0} transpose(%p2), dimensions={1,0}
+  %sum = f32[128,2]{1,0} add(%piece, %new)
+  %updated = f32[128,64]{1,0} dynamic-update-slice(%turned, %sum, %zero, %p1)
+  ROOT %back = f32[64,128]{0,1} bitcast(%updated)
+}
+
+ENTRY %main (x: f32[64,128], i: s32[], y: f32[2,128]) -> f32[64,128] {
+  %x = f32[64,128]{0,1} parameter(0)
+  %i = s32[] parameter(1)
+  %y = f32[2,128]{1,0} parameter(2)
+  ROOT %out = f32[64,128]{0,1} fusion(%x, %i, %y), kind=kLoop, calls=%add_to_piece
+}
+"""
+    piece, whole = 2 * 128 * 4, 64 * 128 * 4
+    assert moved(text, 1).memory == piece + 4 + piece + piece
+    # What else reads it reads all of it.
+    assert moved(text.replace("add(%piece, %new)", "add(%piece, %turned)"), 1).memory == whole + 4 + piece + piece
+
+
 def test_sizes_of_shapes():
     assert size("bf16[3,5]{1,0}") == 30
     assert size("(f32[2]{0}, pred[7]{0:S(1)}, s32[])") == 12
