@@ -47,6 +47,11 @@ class Block(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), state
 
 
+def logits_of(hidden: Float[Array, "B T D"], head: Float[Array, "D V"]) -> Float[Array, "B T V"]:
+    """Float32 logits of final hidden states (float64 of float64 ones)."""
+    return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=accumulation_dtype(hidden))
+
+
 class Llama(nnx.Module):
     """A decoder language model: embedding, blocks, final norm, and a head that may share the embedding's table.
 
@@ -91,8 +96,7 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"], head: Float[Array, "D V"] | None = None) -> Float[Array, "B T V"]:
         """Float32 logits of final hidden states (float64 for a float64 model), through ``head`` where it is at hand."""
-        head = self.head() if head is None else head
-        return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=accumulation_dtype(hidden))
+        return logits_of(hidden, self.head() if head is None else head)
 
     def init_state(self, batch: int, max_length: int | None = None) -> tuple[Any, ...]:
         """Empty decode states, one a layer; layers with softmax attention need ``max_length``."""

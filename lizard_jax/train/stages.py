@@ -18,7 +18,7 @@ from flax import nnx
 
 from lizard_jax.config import RunConfig
 from lizard_jax.data.loader import Batch
-from lizard_jax.losses import cross_entropy, head_error, head_power, prediction_losses
+from lizard_jax.losses import cross_entropy, frozen_head_loss, head_error, head_power, prediction_losses
 from lizard_jax.models import build
 from lizard_jax.models.llama import Llama
 from lizard_jax.nn import reuse
@@ -31,7 +31,7 @@ from lizard_jax.typing import Array
 
 def trainable(config: RunConfig) -> Any:
     """The nnx filter of the parameters this run trains."""
-    if config.stage == 0 or (config.stage == 2 and config.full):
+    if trains_head(config):
         return nnx.Param
     if config.stage == 1:
         return NewParam
@@ -86,9 +86,11 @@ def loss_and_grads(config: RunConfig, model: Llama, batch: Batch) -> tuple[nnx.S
     def loss(params: nnx.State) -> tuple[Array, dict[str, Array]]:
         whole = nnx.merge(graph, params, rest)
         hidden = whole.hidden(inputs, segment_ids=segments, remat=config.remat)
-        count = jnp.maximum(mask.sum().astype(accumulation_dtype(hidden)), 1.0)
-        nll, kl = (total / count for total in prediction_losses(whole, hidden, targets, mask, taught))
-        return (1.0 - share) * nll + share * kl, {"nll": nll, "kl": kl} if share else {}
+        if trains_head(config):
+            count = jnp.maximum(mask.sum().astype(accumulation_dtype(hidden)), 1.0)
+            return cross_entropy(whole, hidden, targets, mask) / count, {}
+        value, (nll, kl) = frozen_head_loss(whole, hidden, targets, mask, taught, kl_share=share)
+        return value, {"nll": nll, "kl": kl} if share else {}
 
     (value, parts), grads = jax.value_and_grad(loss, has_aux=True)(train)
     return grads, {"loss": value, **parts}
@@ -100,9 +102,14 @@ def scored(config: RunConfig, batch: Batch) -> Array:
     return (segments != 0).sum().astype(jnp.float32) if config.stage == 1 else mask.sum().astype(jnp.float32)
 
 
+def trains_head(config: RunConfig) -> bool:
+    """Whether every weight moves, the head's as well, so that no teacher is inside."""
+    return config.stage == 0 or (config.stage == 2 and config.full)
+
+
 def kl_share(config: RunConfig) -> float:
-    """The KL's share of the loss: 0 where no teacher is inside, in stage 0 and when every weight moves."""
-    return config.kl if config.stage == 2 and not config.full else 0.0
+    """The KL's share of the loss: 0 where no teacher is inside, and in stage 1, which has another loss."""
+    return 0.0 if config.stage != 2 or trains_head(config) else config.kl
 
 
 def _distil(model: Llama, batch: Batch) -> tuple[nnx.State, dict[str, Array]]:

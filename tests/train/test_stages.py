@@ -16,6 +16,7 @@ from lizard_jax.lora import add_lora
 from lizard_jax.models import build
 from lizard_jax.nn.params import BaseParam, LoraParam, NewParam
 from lizard_jax.nn.softmax_attention import SoftmaxMixer
+from lizard_jax.plan.flops import matmul_flops
 from lizard_jax.train import stages
 
 CONFIG = ModelConfig(
@@ -137,6 +138,33 @@ def test_kl_is_that_of_the_whole_vocabulary_in_slices_too(model, monkeypatch):
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 2 * 2 * 5 * 50)
     sliced = jax.jit(jax.value_and_grad(lambda h: total(h, teacher)[1]))(student)
     chex.assert_trees_all_close(sliced, (kl, ours), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("share", "at_once"), [(0.0, 2**26), (0.25, 2**26), (1.0, 500), (0.25, 1500)])
+def test_through_a_frozen_head_loss_and_gradient_are_the_same_and_logits_are_formed_once(
+    model, monkeypatch, share, at_once
+):
+    batch = make_batch()
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    subject = nnx.clone(model)
+    nnx.update(subject, jax.tree.map(lambda a: a.astype("float64"), nnx.state(subject)))
+    targets, mask = jnp.asarray(batch.targets), jnp.asarray(batch.loss_mask, "float64")
+    rng = np.random.default_rng(0)
+    hidden, taught = (jnp.asarray(rng.standard_normal((*targets.shape, CONFIG.hidden_size))) for _ in range(2))
+    taught = taught if share else None
+
+    def again(hidden):
+        nll, kl = (total / mask.sum() for total in losses.prediction_losses(subject, hidden, targets, mask, taught))
+        return (1 - share) * nll + share * kl, (nll, kl)
+
+    def once(hidden):
+        return losses.frozen_head_loss(subject, hidden, targets, mask, taught, kl_share=share)
+
+    want, got = (jax.jit(jax.value_and_grad(f, has_aux=True))(hidden) for f in (again, once))
+    chex.assert_trees_all_close(got, want, rtol=1e-12, atol=1e-15)
+    products = [matmul_flops(jax.grad(lambda h, f=f: f(h)[0]), hidden) for f in (again, once)]
+    assert products[0] * (3 if share else 2) == products[1] * (5 if share else 3)
 
 
 @pytest.mark.usefixtures("x64")
