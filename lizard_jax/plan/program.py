@@ -2,8 +2,9 @@
 
 A loop's body counts as often as it runs. Every operation reads its operands and writes its results once; of an array
 that it only cuts a piece from or writes one into, that piece counts. On TPUs what lies in VMEM counts when it is copied
-there, and not when it is used. What is sent meanwhile counts once: a TPU's compiler lays pieces of a collective into
-other operations, and into loops, that run while it is under way; all of them bear its channel.
+there, and not when it is used. What is sent meanwhile counts once, over links and in memory: a TPU's compiler lays
+pieces of a collective into other operations, and into loops, that run while it is under way; all of them bear its
+channel.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ def moved(text: str, devices: int) -> Moved:
         devices: of the mesh that it is compiled for.
     """
     parts, entry = _parts(text)
-    # By channel and by operation that bears it: how often it runs, its kind, what it sends, the size of its result.
-    sending: defaultdict[str, dict[str, tuple[float, str, float, int]]] = defaultdict(dict)
+    # By channel and by operation that bears it: how often it runs, its kind, what it sends, the size of its result, and
+    # where it is part of a fusion, of what it reads and writes.
+    sending: defaultdict[str, dict[str, tuple[float, str, float, int, int]]] = defaultdict(dict)
 
     def run(name: str, times: float) -> float:
         """The bytes of memory that a computation moves; what it sends is noted on the way."""
@@ -99,6 +101,7 @@ def moved(text: str, devices: int) -> Moved:
                 total += run(inner, times)
             else:
                 inside = [one] if one.kind != "fusion" else parts.get(called.get("calls", ""), [])
+                within = {each.name: each.shape for each in inside}
                 for each in inside:
                     kind, channel = each.kind.removesuffix("-start"), re.search(r"channel_id=(\d+)", each.rest)
                     if kind in COLLECTIVES:
@@ -106,7 +109,9 @@ def moved(text: str, devices: int) -> Moved:
                         sent, result = _sent("reduce-scatter of all" if scatters else kind, each, devices)
                         bearers = sending[channel[1] if channel else each.name]
                         before = bearers[each.name][0] if each.name in bearers else 0.0
-                        bearers[each.name] = (before + times, kind, sent, result)
+                        read = sum(size(within.get(name, "")) for name in each.operands)
+                        touched = 0 if each is one else read + size(each.shape)
+                        bearers[each.name] = (before + times, kind, sent, result, touched)
                 total += _touched(one, shapes, parts.get(called.get("calls", ""), []))
         return total
 
@@ -114,7 +119,8 @@ def moved(text: str, devices: int) -> Moved:
     links: defaultdict[str, float] = defaultdict(float)
     results: defaultdict[str, float] = defaultdict(float)
     for bearers in sending.values():
-        times, kind, sent, result = min(bearers.values())
+        times, kind, sent, result, _ = min(bearers.values())
+        memory += times * min(touched for *_, touched in bearers.values())
         links[kind] += times * sent
         results[kind] += times * result
     return Moved(memory, dict(links), dict(results))
@@ -198,7 +204,8 @@ def _step(body: list[Operation], index: int) -> int:
 
 def _touched(one: Operation, shapes: dict[str, str], inside: list[Operation]) -> int:
     """Bytes of memory that an operation reads and writes."""
-    if one.kind in _FREE or one.kind.endswith("-start"):
+    # Where a TPU's compiler begins and ends a collective it says so by name.
+    if one.kind in _FREE or one.kind.endswith("-start") or one.name.startswith("async-collective"):
         return 0
     if one.kind in ("copy-done", "slice-done"):
         return size(one.shape, everywhere=True)
@@ -224,6 +231,8 @@ def _read(one: Operation, shapes: dict[str, str], inside: list[Operation]) -> in
                 continue
             if user.kind == "bitcast":
                 total += of(user.name, whole)
+            elif _passes(user):
+                continue
             elif user.kind in _CUTS and user.operands[0] == name:
                 total += size(user.shape)
             elif user.kind != "dynamic-update-slice" or user.operands[0] != name:
@@ -248,15 +257,21 @@ def _written(one: Operation, inside: list[Operation]) -> int:
     if root is None:
         return size(one.shape)
     pieces = [by_name[name] for name in root.operands if name in by_name] if root.kind == "tuple" else [root]
-    total, cut = 0, False
+    total = 0
     for piece in pieces:
         made = piece
         while made.kind == "bitcast" and made.operands[0] in by_name:
             made = by_name[made.operands[0]]
         update = by_name.get(made.operands[1]) if made.kind == "dynamic-update-slice" else None
-        cut |= update is not None
-        total += size(update.shape if update is not None else piece.shape)
-    return total if cut else size(one.shape)
+        if made.kind.removesuffix("-start") not in ("parameter", *COLLECTIVES):
+            total += size(update.shape if update is not None else piece.shape)
+    return total
+
+
+def _passes(user: Operation) -> bool:
+    """Whether an operation of a fusion hands on what it is given: as a result of the fusion, or to other devices, which
+    ``moved`` counts when it is under way no more."""
+    return (user.root and user.kind == "tuple") or user.kind.removesuffix("-start") in COLLECTIVES
 
 
 def _sent(kind: str, one: Operation, devices: int) -> tuple[float, int]:

@@ -64,28 +64,34 @@ def test_a_text_by_hand():
 
 def test_two_turns_in_one_and_a_gather_under_way_in_a_loop():
     """As a TPU's compiler has them: its counter goes by twos, and pieces of one gather lie in, before and after it."""
-    piece = """%piece (p: f32[8,128], q: f32[64,128]) -> (f32[8,128], f32[64,128]) {
+    piece = """%piece (p: f32[8,128], q: f32[64,128], r: f32[2,128]) -> (f32[8,128], f32[64,128], f32[2,128]) {
   %p = f32[8,128]{1,0} parameter(0)
   %q = f32[64,128]{1,0} parameter(1)
+  %r = f32[2,128]{1,0} parameter(2)
   %all-gather.NAME = f32[64,128]{1,0} all-gather(%p), channel_id=9, replica_groups=[1,8]<=[8], dimensions={0}
-  ROOT %both = (f32[8,128]{1,0}, f32[64,128]{1,0}) tuple(%p, %q)
+  %twice = f32[2,128]{1,0} add(%r, %r)
+  ROOT %all = (f32[8,128]{1,0}, f32[64,128]{1,0}, f32[2,128]{1,0}) tuple(%p, %q, %twice)
 }
 
 """
     pieces = "".join(piece.replace("%piece", f"%piece.{n}").replace("NAME", str(n)) for n in range(3))
     text = TEXT.replace("%cut (", f"{pieces}%cut (", 1)
+    shapes = "(f32[8,128]{1,0}, f32[64,128]{1,0}, f32[2,128]{1,0})"
     text = text.replace(
         "  ROOT %next = (s32[], f32[64,128]{1,0}, f32[1,128]{1,0}) tuple(%i,",
-        "  %under_way = (f32[8,128]{1,0}, f32[64,128]{1,0}) fusion(%gathered, %all), kind=kOutput, calls=%piece.1\n"
+        f"  %under_way = {shapes} fusion(%gathered, %all, %two_rows), kind=kOutput, calls=%piece.1\n"
         "  %two = s32[] constant(2)\n  %later = s32[] add(%i, %two)\n"
         "  ROOT %next = (s32[], f32[64,128]{1,0}, f32[1,128]{1,0}) tuple(%later,",
     )
-    for name, number in (("before", 0), ("after", 2)):
-        shapes = "(f32[8,128]{1,0}, f32[64,128]{1,0})"
-        line = f"  %{name} = {shapes} fusion(%x, %x), kind=kLoop, calls=%piece.{number}\n"
+    for name, number in (("start", 0), ("done", 2)):
+        line = f"  %async-collective-{name} = {shapes} fusion(%x, %x), kind=kLoop, calls=%piece.{number}\n"
         text = text.replace("  %sum =", f"{line}  %sum =")
     assert moved(text, 8).results["all-gather"] == 64 * 128 * 4 + 32 * 8 * 128 * 4
     assert launches(text) == launches(TEXT) - 64 * 2 + 32 * 4 + 2  # an addition and a piece more a turn, and two pieces
+    # Its memory counts once as well: what a fusion hands on is not read and written in every turn, what it adds up is.
+    x, w, row = 64 * 128 * 4, 128 * 128 * 2, 128 * 4
+    gather, addition, sums = 8 * row + x, 3 * 4, 2 * 2 * row
+    assert moved(text, 8).memory == w + 8 * x + gather + 32 * (11 * row + 4 + addition + sums)
     told = text.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"},"init":{"n":"0"}}')
     assert moved(told, 8).results["all-gather"] == 64 * 128 * 4 + 7 * 8 * 128 * 4
 
