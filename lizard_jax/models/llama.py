@@ -94,9 +94,9 @@ class Llama(nnx.Module):
         """What makes logits of hidden states."""
         return self.embed.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
-    def logits(self, hidden: Float[Array, "B T D"], head: Float[Array, "D V"] | None = None) -> Float[Array, "B T V"]:
-        """Float32 logits of final hidden states (float64 for a float64 model), through ``head`` where it is at hand."""
-        return logits_of(hidden, self.head() if head is None else head)
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 logits of final hidden states (float64 for a float64 model)."""
+        return logits_of(hidden, self.head())
 
     def init_state(self, batch: int, max_length: int | None = None) -> tuple[Any, ...]:
         """Empty decode states, one a layer; layers with softmax attention need ``max_length``."""
