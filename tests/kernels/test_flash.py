@@ -105,6 +105,8 @@ def test_a_softmax_layer_is_the_same_by_a_kernel(on, dtype):
         a, b = (np.asarray(x, "float64") for x in (a, b))
         assert not a[1, length - 30 :].any()
         assert np.sqrt(np.mean((a - b) ** 2) / np.mean(np.square(b))) < TOLERANCE[dtype]
+        if dtype == "float32":
+            np.testing.assert_allclose(a, b, atol=3e-5)
 
 
 def test_what_it_does_not_fit_goes_another_way():
@@ -138,4 +140,5 @@ def test_it_compiles_for_a_chip_and_keeps_no_scores(chip):
     documents = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
     compiled = compile_for(chip, jax.grad(loss, argnums=(0, 1, 2)), q, k, k, documents)
     assert len({kernel.name for kernel in compiled.kernels}) == 3
+    assert chip != "v5e" or len(compiled.kernels) == 3
     assert compiled.executable.memory_analysis().temp_size_in_bytes < 8 * 1024 * 1024
