@@ -167,7 +167,7 @@ def evaluate(config: RunConfig, model: Llama, batch: Batch) -> dict[str, Array]:
     """
     inputs, targets, segments, mask = _arrays(batch)
     hidden = model.hidden(inputs, segment_ids=segments)
-    if config.stage == 0 or config.full:
+    if trains_head(config):
         return {"student_nll": cross_entropy(model, hidden, targets, mask), "tokens": mask.sum()}
     teacher = teacher_of(model)
     errors, powers = [], []
